@@ -1,0 +1,75 @@
+"""Pipeline stages: callbacks that run on every batch, in the order in which the YAML lists them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.errors import InputError
+
+
+class Stage(Callback):
+    """A callback that adds something to each batch, in `fit`, `validate`, `test` and `predict` alike.
+
+    A subclass writes `process` and says in `requires` and `provides` what it needs on the batch and what it
+    adds ("rollouts", "scores"). The order is checked at `setup`.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    phase: ClassVar[str] = ""  # where its seconds are counted: `time/<phase>`
+
+    def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+        """Add this stage's results to `batch`; nothing that is there already may change."""
+        raise NotImplementedError(f"{type(self).__name__} must define process().")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that what this stage requires is provided by a stage listed before it."""
+        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        check_requirements(self.requires, callbacks[: callbacks.index(self)], callbacks, type(self).__name__)
+
+    def _run(self, trainer: Trainer, module: LightningModule, batch: PromptBatch) -> None:
+        start = time.perf_counter()
+        self.process(batch, trainer, module)
+        if self.phase:
+            seconds: dict[str, float] = module.phase_seconds  # type: ignore[assignment]
+            seconds[self.phase] = seconds.get(self.phase, 0.0) + time.perf_counter() - start
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # noqa: D102
+        self._run(trainer, pl_module, batch)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
+        self._run(trainer, pl_module, batch)
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
+        self._run(trainer, pl_module, batch)
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
+        self._run(trainer, pl_module, batch)
+
+
+_SUGGESTED = {"rollouts": "sppo_lightning.callbacks.RolloutGeneration", "scores": "a verifier such as sppo_lightning.callbacks.MathVerifier"}
+
+
+def check_requirements(required: Iterable[str], before: Sequence[Any], callbacks: Sequence[Any], who: str) -> None:
+    """Raise `InputError` when something in `required` is not provided by the callbacks `before`.
+
+    `callbacks` are all of the trainer's, to tell a misordered stage from a missing one; `who` needs them.
+    """
+    for need in sorted(required):
+        if any(need in getattr(callback, "provides", ()) for callback in before):
+            continue
+        late = [type(c).__name__ for c in callbacks if need in getattr(c, "provides", ())]
+        if late:
+            raise InputError(
+                f"`trainer.callbacks` lists {who} before {late[0]}, which provides the {need} that {who} needs; "
+                f"move {late[0]} above {who}."
+            )
+        raise InputError(
+            f"`trainer.callbacks` has no stage that provides the {need} that {who} needs; "
+            f"add {_SUGGESTED.get(need, need)} to it{'' if who == 'the module' else f' above {who}'}."
+        )
