@@ -1,5 +1,7 @@
 """Prompts: where they come from, how a row is read and formatted, and the data module that yields them."""
 
-from sppo_lightning.data.sources import PromptSource
+from sppo_lightning.data.chain import ChainTask
+from sppo_lightning.data.module import PromptDataModule
+from sppo_lightning.data.sources import PromptFile, PromptSource
 
-__all__ = ["PromptSource"]
+__all__ = ["ChainTask", "PromptDataModule", "PromptFile", "PromptSource"]

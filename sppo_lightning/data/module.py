@@ -1,0 +1,225 @@
+"""The data module: prompt sources in, loaders of prompt batches out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from sppo_lightning.batch import Prompt
+from sppo_lightning.data.formatting import PromptFormat, Template
+from sppo_lightning.data.layouts import RowError, read_source
+from sppo_lightning.data.loader import PromptLoader
+from sppo_lightning.data.sources import PromptFile, PromptSource
+from sppo_lightning.errors import InputError
+
+_CHUNK = 1024  # prompts tokenized at a time when their lengths are checked
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts with gold answers for `fit`, `validate`, `test` and `predict`.
+
+    A source is a path or hub id, or a `PromptSource` by its class path where it needs settings of its own.
+
+    Args:
+        train: The prompts to train on.
+        validation: The validation sets by name; the names appear in the metrics, as in `val/<name>/avg@k`.
+        test: The test sets by name; the validation sets if left out.
+        predict: The prompts to write completions for, gold answers being optional; all validation sets if
+            left out.
+        batch_size: Prompts per iteration, over all ranks.
+        validation_batch_size: Prompts per step of `validate`, `test` and `predict`, over all ranks.
+        max_prompt_tokens: Longer prompts are left out, and counted; in tokens, chat template included.
+        template: `chat` (the tokenizer's chat template), `plain` (the text as it is), or `auto`: `chat` where
+            the tokenizer has a chat template.
+        system_prompt: The system turn of every prompt, instead of one that a row may have.
+        suffix: Appended as it stands to the last user turn of every prompt.
+        shuffle: Draw the training prompts of each epoch in a new order.
+        seed: Decides these orders; the run's seed (`seed_everything`) if left out, or 0 where there is none.
+        on_bad_row: `error` refuses data with rows that cannot be used, `skip` leaves those rows out.
+    """
+
+    def __init__(
+        self,
+        train: str | PromptSource | None = None,
+        validation: dict[str, str | PromptSource] | None = None,
+        test: dict[str, str | PromptSource] | None = None,
+        predict: str | PromptSource | None = None,
+        batch_size: int = 256,
+        validation_batch_size: int = 256,
+        max_prompt_tokens: int = 1024,
+        template: Template = "auto",
+        system_prompt: str | None = None,
+        suffix: str | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+    ) -> None:
+        super().__init__()
+        sizes = {"batch_size": batch_size, "validation_batch_size": validation_batch_size}
+        for name, value in {**sizes, "max_prompt_tokens": max_prompt_tokens}.items():
+            if value < 1:
+                raise InputError(f"`{name}`={value} leaves no prompt; use 1 or more.")
+        if seed is not None and seed < 0:
+            raise InputError(f"`seed`={seed} of the data is negative; use 0 or more.")
+        self.train = train
+        self.validation = validation or {}
+        self.test = test or self.validation
+        self.predict = self.validation if predict is None else {"predict": predict}
+        self.batch_size = batch_size
+        self.validation_batch_size = validation_batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.template: Template = template
+        self.system_prompt = system_prompt
+        self.suffix = suffix
+        self.shuffle = shuffle
+        self.seed = seed
+        self.on_bad_row = on_bad_row
+        self.dropped: dict[str, int] = {}  # over-long prompts, by data set
+        self.skipped: dict[str, int] = {}  # rows that cannot be used, by data set
+        self._train_loader: PromptLoader | None = None
+        self._loaders: dict[str, list[PromptLoader]] = {}  # by stage
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The names of the validation sets, in the order of their loaders."""
+        return list(self.validation)
+
+    @property
+    def test_names(self) -> list[str]:
+        """The names of the test sets, in the order of their loaders."""
+        return list(self.test)
+
+    def setup(self, stage: str) -> None:
+        """Read, format and check every data set that `stage` uses.
+
+        Raises:
+            InputError: For data that cannot be used, a data set that is left empty, and a tokenizer without
+                what the format needs.
+        """
+        module: Any = self._the_trainer.lightning_module
+        prompt_format = PromptFormat(module.policy.tokenizer, self.template, self.system_prompt, self.suffix)
+        if stage == "fit":
+            self._train_loader = self._build_train_loader(prompt_format)
+        sets = {"test": self.test, "predict": self.predict}.get(stage, self.validation)
+        if not sets and stage != "fit":
+            raise InputError(f"`data` has no set for {stage}; give `validation` at least one, by name.")
+        if "train" in sets:
+            raise InputError("`validation` and `test` cannot have a set named train; give it another name.")
+        rank, world_size = self._shard()
+        self._loaders["validate" if stage == "fit" else stage] = [
+            PromptLoader(
+                self._load(name, source, prompt_format, gold_required=stage != "predict"),
+                prompt_format,
+                self.validation_batch_size,
+                rank=rank,
+                world_size=world_size,
+            )
+            for name, source in sets.items()
+        ]
+
+    def _build_train_loader(self, prompt_format: PromptFormat) -> PromptLoader:
+        if self.train is None:
+            raise InputError(
+                "`data.train` is not set, so there is nothing to fit; give it a path or a source."
+            )
+        prompts = self._load("train", self.train, prompt_format)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+        # `overfit_batches` means the same batches in every epoch
+        shuffle = self.shuffle and not self._the_trainer.overfit_batches  # type: ignore[attr-defined]
+        limit = self._the_trainer.limit_train_batches
+        batches = len(prompts) // self.batch_size
+        rank, world_size = self._shard()
+        return PromptLoader(
+            prompts,
+            prompt_format,
+            self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            train=True,
+            shuffle=shuffle,
+            seed=seed,
+            epoch_batches=limit if isinstance(limit, int) else int(batches * limit),
+        )
+
+    def _load(
+        self, name: str, source: str | PromptSource, prompt_format: PromptFormat, gold_required: bool = True
+    ) -> list[Prompt]:
+        """The prompts of one data set that can be used and are short enough."""
+        source = PromptFile(source) if isinstance(source, str) else source
+        records, bad = read_source(source, gold_required)
+        prompts = []
+        for record in records:
+            try:
+                text, turns = prompt_format.render(record.prompt)
+            except RowError as error:
+                bad.add(record.row, str(error))
+                continue
+            prompts.append(
+                Prompt(text, record.gold, name, record.row, turns, record.demonstration, record.metadata)
+            )
+        if bad and self.on_bad_row == "error":
+            way_out = "mend or remove them, or set `on_bad_row` to skip"
+            raise InputError(f"{source.origin} has {bad.summary()}; {way_out}.")
+        if not prompts:
+            raise InputError(f"{source.origin} has nothing but {bad.summary()}; mend at least one.")
+        short = self._short_enough(prompts, prompt_format)
+        self.skipped[name], self.dropped[name] = len(bad), len(prompts) - len(short)
+        rank_zero_info(
+            f"{name}: {len(short)} prompts of {source.origin}; left out {self.dropped[name]} longer than "
+            f"{self.max_prompt_tokens} tokens and {self.skipped[name]} that cannot be used."
+        )
+        if not short:
+            raise InputError(
+                f"`max_prompt_tokens`={self.max_prompt_tokens} leaves none of the {len(prompts)} prompts of "
+                f"{source.origin}; raise it."
+            )
+        return short
+
+    def _short_enough(self, prompts: list[Prompt], prompt_format: PromptFormat) -> list[Prompt]:
+        short = []
+        for start in range(0, len(prompts), _CHUNK):
+            chunk = prompts[start : start + _CHUNK]
+            lengths = map(len, prompt_format.encode([prompt.text for prompt in chunk]))
+            short += [p for p, n in zip(chunk, lengths, strict=True) if n <= self.max_prompt_tokens]
+        return short
+
+    def train_dataloader(self) -> PromptLoader:
+        """The loader of training batches; always the same one, because it knows how far it is."""
+        assert self._train_loader is not None
+        return self._train_loader
+
+    def val_dataloader(self) -> list[PromptLoader]:
+        """One loader for each validation set."""
+        return self._loaders["validate"]
+
+    def test_dataloader(self) -> list[PromptLoader]:
+        """One loader for each test set."""
+        return self._loaders["test"]
+
+    def predict_dataloader(self) -> list[PromptLoader]:
+        """One loader for each set to predict."""
+        return self._loaders["predict"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the training prompts were drawn."""
+        # Lightning saves a loader's state too, but after a whole epoch without `max_steps` does not load it
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the last training batch that was yielded."""
+        if self._train_loader is not None and "train" in state_dict:
+            self._train_loader.load_state_dict(state_dict["train"])
+
+    @property
+    def _the_trainer(self) -> Trainer:
+        if self.trainer is None:
+            raise InputError("PromptDataModule takes the tokenizer from the model; give both to a Trainer.")
+        return self.trainer
+
+    def _shard(self) -> tuple[int, int]:
+        """This rank's share of the data; ranks that share a tensor-parallel model have the same."""
+        kwargs = self._the_trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return kwargs["rank"], kwargs["num_replicas"]
