@@ -91,6 +91,6 @@ class PromptFormat:
         return [self._open_ended(ids, text) for ids, text in zip(token_ids, texts, strict=True)]
 
     def _open_ended(self, token_ids: list[int], text: str) -> list[int]:
-        """The ids without the end of sequence that some tokenizers add, and after which nothing would come."""
+        """The ids without the end of sequence that some tokenizers add, after which nothing would come."""
         eos, eos_id = str(self.tokenizer.eos_token), self.tokenizer.eos_token_id
         return token_ids[:-1] if token_ids[-1:] == [eos_id] and not text.endswith(eos) else token_ids

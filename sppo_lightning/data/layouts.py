@@ -210,7 +210,7 @@ def _gold(value: Any, place: str) -> str | None:
         return value
     if isinstance(value, Number) and not isinstance(value, bool):
         return str(value)
-    raise RowError(f"the gold answer in {place} is a {type(value).__name__}, not text or a number")
+    raise RowError(f"the gold answer in {place} is of type {type(value).__name__}, not text or a number")
 
 
 def _prompt(value: Any, column: str) -> str | Turns:
@@ -220,7 +220,7 @@ def _prompt(value: Any, column: str) -> str | Turns:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
-        raise RowError(f"{column} is a {type(value).__name__}, not text or chat messages")
+        raise RowError(f"{column} is of type {type(value).__name__}, not text or chat messages")
     if not value:
         raise RowError(f"{column} holds no messages")
     turns = []
@@ -242,7 +242,9 @@ def _demonstration(row: Row, layout: Layout) -> tuple[str | None, str | None]:
         value = reach(row, layout.demonstration)
         text = _last_answer(value)
         if text is None and value is not None:
-            raise RowError(f"{layout.demonstration} is a {type(value).__name__} without an answer's text")
+            raise RowError(
+                f"{layout.demonstration} is of type {type(value).__name__} without an answer's text"
+            )
         return layout.demonstration, text
     for column in _DEMONSTRATIONS:
         # a column that only happens to have the name, of another type, is metadata

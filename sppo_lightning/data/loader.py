@@ -111,7 +111,7 @@ class PromptLoader:
             changed = [f"{k}={v} (then {before[k]})" for k, v in self._identity().items() if v != before[k]]
             raise InputError(
                 f"The checkpoint is from the middle of an epoch, which cannot go on with "
-                f"{', '.join(changed)}; resume with the settings of then, or start a new run from its weights."
+                f"{', '.join(changed)}; resume with what it had, or start a new run from its weights."
             )
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self._resumed = True
@@ -128,5 +128,5 @@ def _check_batch_size(batch_size: int, prompts: int, world_size: int) -> None:
         most = prompts // world_size * world_size
         raise InputError(
             f"`batch_size`={batch_size} is more than the {prompts} training prompts, so there is no whole "
-            f"batch; use {f'{most} or less' if most else f'at least {world_size} prompts, one for each rank'}."
+            f"batch; use {f'{most} or less' if most else f'at least {world_size} prompts, one per rank'}."
         )

@@ -6,6 +6,7 @@ import os
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.batch import Prompt
@@ -99,15 +100,16 @@ class PromptDataModule(LightningDataModule):
             InputError: For data that cannot be used, a data set that is left empty, and a tokenizer without
                 what the format needs.
         """
-        module: Any = self._the_trainer.lightning_module
-        prompt_format = PromptFormat(module.policy.tokenizer, self.template, self.system_prompt, self.suffix)
-        if stage == "fit":
-            self._train_loader = self._build_train_loader(prompt_format)
+        stage = TrainerFn(stage).value
         sets = {"test": self.test, "predict": self.predict}.get(stage, self.validation)
         if not sets and stage != "fit":
             raise InputError(f"`data` has no set for {stage}; give `validation` at least one, by name.")
         if "train" in sets:
             raise InputError("`validation` and `test` cannot have a set named train; give it another name.")
+        module: Any = self._the_trainer.lightning_module
+        prompt_format = PromptFormat(module.policy.tokenizer, self.template, self.system_prompt, self.suffix)
+        if stage == "fit":
+            self._train_loader = self._build_train_loader(prompt_format)
         rank, world_size = self._shard()
         self._loaders["validate" if stage == "fit" else stage] = [
             PromptLoader(
@@ -220,6 +222,6 @@ class PromptDataModule(LightningDataModule):
         return self.trainer
 
     def _shard(self) -> tuple[int, int]:
-        """This rank's share of the data; ranks that share a tensor-parallel model have the same."""
+        """Rank and world size of the data; ranks that share a tensor-parallel model have the same."""
         kwargs = self._the_trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return kwargs["rank"], kwargs["num_replicas"]
