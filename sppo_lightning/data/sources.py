@@ -214,6 +214,7 @@ def _hub_rows(path: str, split: str | None, subset: str | None, revision: str | 
     except (OSError, ValueError) as error:  # not found, offline, or a `subset` missing or unknown
         reason = str(error).split("\n")[0].rstrip(".")
         raise InputError(
-            f"`path`={path} is no file here and cannot be loaded from the hub: {reason}."
+            f"`path`={path} is no file here and cannot be loaded from the hub: {reason}; "
+            "check its name, its `subset` and the connection."
         ) from error
     return _choose(splits, split, path)
