@@ -25,7 +25,7 @@ class Prompt:
     gold: str  # the gold answer as the data set gives it; "" where a data set has none
     dataset: str  # the name of the data set, as in `val/<dataset>/…`
     row: int  # position in its data set, counted from 0; (dataset, row) identifies the prompt
-    messages: tuple[Mapping[str, str], ...] | None = None  # the chat turns before templating, if there were any
+    messages: tuple[Mapping[str, str], ...] | None = None  # turns before templating, if any
     demonstration: str | None = None  # a response to imitate; only the supervised warm start reads it
     metadata: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for verifiers
 
@@ -79,7 +79,7 @@ class Rollouts:
 
     @property
     def rewards(self) -> Tensor:
-        """`R`, `[N]`: weighted mean of the outcome scores, in [0, 1]; NaN where any of them gave no verdict."""
+        """`R`, `[N]`: weighted mean of the outcome scores, in [0, 1]; NaN where one gave no verdict."""
         total, weight = self._weighted("outcome")
         return total / weight if weight else torch.full_like(total, torch.nan)
 
@@ -99,9 +99,49 @@ class Rollouts:
             elif isinstance(value, list):
                 changes[entry.name] = [value[i] for i in picked.tolist()]
         changes["scores"] = {
-            name: dataclasses.replace(scores, values=scores.values[picked]) for name, scores in self.scores.items()
+            name: dataclasses.replace(scores, values=scores.values[picked])
+            for name, scores in self.scores.items()
         }
         return dataclasses.replace(self, **changes)
+
+
+@dataclass
+class Experience:
+    """What the updates of one iteration learn from; frozen before the first of them."""
+
+    rollouts: Rollouts
+    rewards: Tensor  # [N], R in [0, 1]; 0 where there is no verdict
+    advantages: Tensor  # [N]
+    verdicts: Tensor  # [N], bool; False where a verifier gave no verdict, so that the row teaches nothing
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def mask(self) -> Tensor:
+        """`[N, T]`: the response tokens that the policy learns from."""
+        return self.rollouts.response_mask * self.verdicts[:, None]
+
+    @property
+    def lengths(self) -> list[int]:
+        """`N` row lengths in tokens, prompt and response."""
+        return (self.rollouts.prompt_mask.sum(1) + self.rollouts.response_mask.sum(1)).long().tolist()
+
+    def rows(self, index: Sequence[int]) -> Experience:
+        """The rows at `index`, in that order."""
+        picked = torch.as_tensor(index, dtype=torch.long, device=self.rewards.device)
+        return Experience(
+            self.rollouts.rows(index), self.rewards[picked], self.advantages[picked], self.verdicts[picked]
+        )
+
+
+@dataclass
+class MicroBatch(Experience):
+    """The rows of one backward."""
+
+    index: list[int]  # N, their positions in the mini-batch of this rank
+    share: float  # 1 / (micro-batches of the mini-batch over all ranks)
+    last: bool  # whether it is the last of its mini-batch
 
 
 @dataclass
@@ -112,7 +152,7 @@ class PromptBatch:
     token_ids: list[list[int]]  # B unpadded prompts in the policy's tokenizer
     visits: list[int]  # B, how often each prompt was drawn before; part of the sampling noise's key
     rollouts: Rollouts | None = None  # set by RolloutGeneration
-    greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where RolloutGeneration makes them
+    greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
 
     def __len__(self) -> int:
         return len(self.prompts)

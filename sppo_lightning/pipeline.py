@@ -52,10 +52,15 @@ class Stage(Callback):
         self._run(trainer, pl_module, batch)
 
 
-_SUGGESTED = {"rollouts": "sppo_lightning.callbacks.RolloutGeneration", "scores": "a verifier such as sppo_lightning.callbacks.MathVerifier"}
+_SUGGESTED = {
+    "rollouts": "sppo_lightning.callbacks.RolloutGeneration",
+    "scores": "a verifier such as sppo_lightning.callbacks.MathVerifier",
+}
 
 
-def check_requirements(required: Iterable[str], before: Sequence[Any], callbacks: Sequence[Any], who: str) -> None:
+def check_requirements(
+    required: Iterable[str], before: Sequence[Any], callbacks: Sequence[Any], who: str
+) -> None:
     """Raise `InputError` when something in `required` is not provided by the callbacks `before`.
 
     `callbacks` are all of the trainer's, to tell a misordered stage from a missing one; `who` needs them.
@@ -66,7 +71,7 @@ def check_requirements(required: Iterable[str], before: Sequence[Any], callbacks
         late = [type(c).__name__ for c in callbacks if need in getattr(c, "provides", ())]
         if late:
             raise InputError(
-                f"`trainer.callbacks` lists {who} before {late[0]}, which provides the {need} that {who} needs; "
+                f"`trainer.callbacks` lists {who} before {late[0]}, which provides the {need} that it needs; "
                 f"move {late[0]} above {who}."
             )
         raise InputError(

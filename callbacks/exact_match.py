@@ -1,0 +1,46 @@
+"""A verifier for answers that are right in one spelling only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sppo_lightning.batch import Prompt
+from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.errors import InputError
+from sppo_lightning.verification.answers import extract_boxed
+
+
+class ExactMatch(Verifier):
+    r"""Scores 1.0 where the answer is the gold answer character by character, up to white space, else 0.0.
+
+    Args:
+        extract: What the answer is: "boxed" for the content of the last `\boxed{…}`, "whole" for the response.
+        weight: Weight of this verifier's scores among the verifiers of the same role.
+        role: "outcome" for the reward, "shaping" for an addition to the advantage.
+        name: Name in metrics and in `rollouts.scores`; `exact_match` where none is given.
+        max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+    """
+
+    def __init__(
+        self,
+        extract: Literal["boxed", "whole"] = "boxed",
+        weight: float = 1.0,
+        role: Literal["outcome", "shaping"] = "outcome",
+        name: str | None = None,
+        max_failure_rate: float = 0.01,
+    ) -> None:
+        super().__init__(weight=weight, role=role, name=name, max_failure_rate=max_failure_rate)
+        if extract not in ("boxed", "whole"):
+            raise InputError(f'`ExactMatch.extract`={extract!r} is unknown; use "boxed" or "whole".')
+        self.extract = extract
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        """1.0 or 0.0; a response without an answer scores 0.0, a prompt without a gold answer gives no verdict."""
+        return [self._match(prompt.gold, text) for prompt, text in zip(prompts, responses, strict=True)]
+
+    def _match(self, gold: str, response: str) -> float | None:
+        wanted = gold.split()
+        if not wanted:
+            return None
+        answer = extract_boxed(response) if self.extract == "boxed" else response
+        return float(answer is not None and answer.split() == wanted)

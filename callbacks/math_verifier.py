@@ -1,0 +1,68 @@
+"""A verifier for mathematics with a gold answer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from sppo_lightning.batch import Prompt
+from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.errors import InputError
+from sppo_lightning.verification import close_workers, verify_math
+
+
+class MathVerifier(Verifier):
+    r"""Scores 1.0 where the final answer of a response equals the gold answer, else 0.0.
+
+    The answer stands in the last `\boxed{…}`, after the last `####` or after "Answer:", behind any `</think>`.
+    Numbers are compared exactly; the rest goes to math-verify in worker processes. A comparison that takes too long
+    scores 0.0; a gold answer that cannot be read, or a worker that crashes, gives no verdict.
+
+    Args:
+        timeout_seconds: Time that one comparison may take in a worker before it is killed.
+        workers: Number of worker processes, started by the first comparison that needs one.
+        weight: Weight of this verifier's scores among the verifiers of the same role.
+        role: "outcome" for the reward, "shaping" for an addition to the advantage.
+        name: Name in metrics and in `rollouts.scores`; `math_verifier` where none is given.
+        max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+    """
+
+    def __init__(
+        self,
+        timeout_seconds: float = 2.0,
+        workers: int = 2,
+        weight: float = 1.0,
+        role: Literal["outcome", "shaping"] = "outcome",
+        name: str | None = None,
+        max_failure_rate: float = 0.01,
+    ) -> None:
+        super().__init__(weight=weight, role=role, name=name, max_failure_rate=max_failure_rate)
+        if not timeout_seconds > 0:
+            raise InputError(f"`MathVerifier.timeout_seconds`={timeout_seconds} is no time; use 2.0.")
+        if workers < 1:
+            raise InputError(
+                f"`MathVerifier.workers`={workers} leaves nobody to compare answers; use 1 or more."
+            )
+        self.timeout_seconds = timeout_seconds
+        self.workers = workers
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        """1.0, 0.0, or `None` where the gold answer cannot be read or a worker crashed."""
+        verdicts = verify_math(
+            responses,
+            [prompt.gold for prompt in prompts],
+            timeout_seconds=self.timeout_seconds,
+            workers=self.workers,
+        )
+        self.counts["timeouts"] += sum(verdict.status == "timeout" for verdict in verdicts)
+        self.counts["errors"] += sum(verdict.status == "crashed" for verdict in verdicts)
+        return [verdict.score for verdict in verdicts]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the worker processes."""
+        close_workers()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the worker processes; Lightning skips `teardown` after an exception."""
+        close_workers()

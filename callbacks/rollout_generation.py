@@ -1,0 +1,69 @@
+"""The first stage: sample responses to the prompts of the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from sppo_lightning.batch import PromptBatch, Rollouts
+from sppo_lightning.engines import Engine, HFEngine, Sampling
+from sppo_lightning.pipeline import Stage
+
+
+class RolloutGeneration(Stage):
+    """Samples responses with an engine and puts them on the batch as `batch.rollouts`.
+
+    Args:
+        sampling: How training responses are sampled.
+        validation: How responses are sampled in validate, test and predict; as in training when left out.
+        greedy: Add one greedy response per training prompt, as `batch.greedy_rollouts`.
+        validation_greedy: Add one greedy response per prompt in validate, test and predict.
+        engine: What samples; the transformers model in the trainer's process by default.
+    """
+
+    provides = frozenset({"rollouts"})
+    phase = "rollout"
+
+    def __init__(
+        self,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        validation: Sampling | None = None,
+        greedy: bool = False,
+        validation_greedy: bool = False,
+        engine: Engine | None = None,
+    ) -> None:
+        self.sampling = sampling
+        self.validation = validation or sampling
+        self.greedy = greedy
+        self.validation_greedy = validation_greedy
+        self.engine = engine or HFEngine()
+
+    def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+        """Set `batch.rollouts`, and `batch.greedy_rollouts` where asked for."""
+        sampling = self.sampling if trainer.training else self.validation
+        with trainer.precision_plugin.forward_context():
+            self.engine.update_weights(module.policy, trainer.global_step)  # type: ignore[arg-type]
+            batch.rollouts = self.engine.generate(batch, sampling)
+            if self.greedy if trainer.training else self.validation_greedy:
+                once = dataclasses.replace(sampling, temperature=0.0, samples_per_prompt=1)
+                batch.greedy_rollouts = self.engine.generate(batch, once)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Log lengths, truncation and speed of this iteration's responses."""
+        assert batch.rollouts is not None
+        pl_module.log_dict(rollout_metrics(batch.rollouts, pl_module.last_phase_seconds["rollout"]))  # type: ignore
+
+
+def rollout_metrics(rollouts: Rollouts, seconds: float) -> dict[str, float]:
+    """`rollout/…` metrics of one batch on this rank; `seconds` is what the sampling took."""
+    tokens = float(rollouts.response_mask.sum())
+    count = max(len(rollouts), 1)
+    return {
+        "rollout/response_tokens_mean": tokens / count,
+        "rollout/truncated_fraction": rollouts.finish_reasons.count("length") / count,
+        "rollout/tokens_per_second": tokens / max(seconds, 1e-9),
+    }

@@ -1,0 +1,230 @@
+"""The base class of every verifier: a stage that scores responses."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import time
+import traceback
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from sppo_lightning.batch import Prompt, PromptBatch, Rollouts, Scores
+from sppo_lightning.errors import InputError
+from sppo_lightning.pipeline import Stage
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+class VerifierFailure(RuntimeError):
+    """A verifier failed on more responses of a batch than its `max_failure_rate` allows."""
+
+
+class Verifier(Stage):
+    """Scores each response; a subclass writes `score` and nothing else.
+
+    The scores land in `rollouts.scores[name]`. A failure is not a score: a response on which `score` raises gets no
+    verdict, is counted, and past `max_failure_rate` stops the run with the first traceback.
+
+    Args:
+        weight: Weight of this verifier's scores among the verifiers of the same role.
+        role: "outcome" scores lie in [0, 1] and are the reward; "shaping" scores may be any number and are added to
+            the advantage, centred by their running mean.
+        name: Name in metrics and in `rollouts.scores`; the class name in snake case where none is given.
+        max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+    """
+
+    requires = frozenset({"rollouts"})
+    phase = "verify"
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        role: Literal["outcome", "shaping"] = "outcome",
+        name: str | None = None,
+        max_failure_rate: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.role = role
+        self.name = _WORD_START.sub("_", type(self).__name__).lower() if name is None else name
+        self.max_failure_rate = max_failure_rate
+        self._check_settings()
+        # only an outcome is a reward, which is what the module needs scores for
+        self.provides = frozenset({"scores"} if role == "outcome" else ())  # type: ignore[misc]
+        self.counts: Counter[str] = (
+            Counter()
+        )  # of the batch at hand; "errors" are failures, "timeouts" are not
+        self._total, self._number = 0.0, 0.0  # of the shaping scores of all batches trained on so far
+        self._is_set_up = False
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        """Give each response its score, or `None` for no verdict.
+
+        May raise: the responses are then scored one by one, and those that raise again get no verdict. A verifier
+        that catches its own failures adds them to `self.counts["errors"]`; `self.counts["timeouts"]` is for those
+        that are the response's doing and do have a score.
+
+        Args:
+            prompts: The prompt of each response, with `gold` and the row's `metadata`.
+            responses: N responses, without special tokens.
+
+        Returns:
+            N scores: in [0, 1] for the role "outcome", any finite number for "shaping".
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score().")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the order of the stages and that no two verifiers share a name."""
+        super().setup(trainer, pl_module, stage)
+        self._is_set_up = True
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, Verifier) and other is not self and other.name == self.name:
+                raise InputError(
+                    f"`trainer.callbacks` has two verifiers named {self.name!r} ({type(other).__name__} and "
+                    f"{type(self).__name__}); give one of them another `name`."
+                )
+
+    def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+        """Score the sampled responses, and the greedy ones where there are any."""
+        start = time.perf_counter()
+        self.counts.clear()
+        total = number = 0.0
+        for rollouts in (batch.rollouts, batch.greedy_rollouts):
+            if rollouts is None:
+                continue
+            values = self._score(rollouts)
+            rollouts.scores[self.name] = Scores(values, self.weight, self.role, self._mean())
+            if rollouts is batch.rollouts:
+                total, number = values.nansum().item(), float((~values.isnan()).sum())
+        self._log(trainer, module, total, number, time.perf_counter() - start)
+
+    def _score(self, rollouts: Rollouts) -> torch.Tensor:
+        """The scores, `[N]`, float32, NaN where there is no verdict."""
+        before = self.counts.copy()
+        scores: list[float | None] = []
+        first_traceback = ""
+        if len(rollouts):
+            try:
+                scores = self._checked(rollouts.prompts, rollouts.responses)
+            except InputError:
+                raise
+            except Exception:
+                first_traceback = traceback.format_exc()
+                self.counts = before.copy()  # what the failed call counted is counted again, row by row
+                scores = self._score_one_by_one(rollouts)
+        failures = (self.counts - before)["errors"] + (self.counts - before)["timeouts_raised"]
+        if failures > self.max_failure_rate * len(rollouts):
+            raise VerifierFailure(
+                f"Verifier {self.name!r} failed on {failures} of {len(rollouts)} responses "
+                f"({failures / len(rollouts):.1%}), more than `max_failure_rate`={self.max_failure_rate:g} allows. "
+                f"The first failure:\n{first_traceback or 'reported by the verifier, without a traceback.'}"
+            )
+        self.counts["no_verdict"] += sum(score is None for score in scores)
+        values = [math.nan if score is None else float(score) for score in scores]
+        return torch.tensor(values, dtype=torch.float32, device=rollouts.response_mask.device)
+
+    def _score_one_by_one(self, rollouts: Rollouts) -> list[float | None]:
+        scores: list[float | None] = []
+        for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True):
+            try:
+                scores += self._checked([prompt], [response])
+            except InputError:
+                raise
+            except TimeoutError:
+                self.counts.update(timeouts=1, timeouts_raised=1)
+                scores.append(None)
+            except Exception:
+                self.counts["errors"] += 1
+                scores.append(None)
+        return scores
+
+    def _checked(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        scores = list(self.score(prompts, responses))
+        if len(scores) != len(responses):
+            raise InputError(
+                f"Verifier {self.name!r} returned {len(scores)} scores for {len(responses)} responses; "
+                "return one for each, `None` for no verdict."
+            )
+        for prompt, score in zip(prompts, scores, strict=True):
+            self._check_score(prompt, score)
+        return scores
+
+    def _check_score(self, prompt: Prompt, score: Any) -> None:
+        if score is None:
+            return
+        outcome = self.role == "outcome"
+        if isinstance(score, numbers.Real) and (0 <= score <= 1 if outcome else math.isfinite(score)):
+            return
+        wanted = "a number in [0, 1]" if outcome else "a finite number"
+        finite = isinstance(score, numbers.Real) and math.isfinite(score)
+        hint = ", or set `role: shaping`," if outcome and finite else ""
+        raise InputError(
+            f"Verifier {self.name!r} gave {score!r} to a response to row {prompt.row} of {prompt.dataset!r}; "
+            f"return {wanted}{hint} or `None` for no verdict."
+        )
+
+    def _mean(self) -> float:
+        return self._total / self._number if self.role == "shaping" and self._number else 0.0
+
+    def _log(
+        self, trainer: Trainer, module: LightningModule, total: float, number: float, seconds: float
+    ) -> None:
+        """Log the batch; after a training batch also move the running mean, alike on every rank."""
+        counts = [float(self.counts[kind]) for kind in ("errors", "timeouts", "no_verdict")]
+        prefix = f"verifier/{self.name}"
+        names = [f"{prefix}/errors", f"{prefix}/timeouts", f"{prefix}/no_verdict", f"{prefix}/seconds"]
+        if trainer.training:
+            # one call for everything, made on every rank, whether or not the rank has responses
+            sums = torch.tensor([*counts, total, number], dtype=torch.float32, device=module.device)
+            *counts, total, number = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            self._total += total
+            self._number += number
+            metrics = dict(zip(names, [*counts, seconds], strict=True))
+            if number:
+                metrics[f"reward/{self.name}"] = total / number
+            module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+        elif trainer.validating or trainer.testing:
+            metrics = dict(zip(names, [*counts, seconds], strict=True))
+            module.log_dict(
+                metrics, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1
+            )
+
+    @property
+    def state_key(self) -> str:
+        """The key of this verifier's state in a checkpoint: its class and its name."""
+        key = f"{type(self).__qualname__}[{self.name}]"
+        # Lightning refuses equal keys before `setup`, in words that do not name the setting to change
+        return key if self._is_set_up else f"{key}@{id(self)}"
+
+    def state_dict(self) -> dict[str, float]:
+        """The running mean of a shaping verifier, as a sum and a number of scores."""
+        return {"total": self._total, "number": self._number}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Continue the running mean of a checkpoint."""
+        self._total, self._number = state_dict["total"], state_dict["number"]
+
+    def _check_settings(self) -> None:
+        who = type(self).__name__
+        if self.role not in ("outcome", "shaping"):
+            raise InputError(f'`{who}.role`={self.role!r} is no role; use "outcome" or "shaping".')
+        if not math.isfinite(self.weight) or (self.role == "outcome" and self.weight <= 0):
+            raise InputError(
+                f"`{who}.weight`={self.weight} cannot weigh {self.role} scores; use a "
+                f"{'positive' if self.role == 'outcome' else 'finite'} number."
+            )
+        if not 0 <= self.max_failure_rate <= 1:
+            raise InputError(
+                f"`{who}.max_failure_rate`={self.max_failure_rate} is no share of a batch; use a number from 0 to 1."
+            )
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"`{who}.name`={self.name!r} cannot be part of a metric's name; "
+                "use letters, digits, '_', '-' and '.'."
+            )

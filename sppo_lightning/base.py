@@ -1,0 +1,139 @@
+"""What supervised and reinforcement learning share: the policy, and the pipeline outside training."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+
+from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.errors import InputError
+from sppo_lightning.evaluation import Evaluation
+from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.optim import GroupOptimizer
+from sppo_lightning.pipeline import check_requirements
+
+_REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
+    "gradient_clip_val": "max_grad_norm` of `model.policy_optimizer` and `model.critic_optimizer",
+    "accumulate_grad_batches": "micro_batch_tokens` on `model",
+}
+
+
+class PolicyModule(LightningModule):
+    """A LightningModule with a policy; validates, tests and predicts through the pipeline's stages.
+
+    `phase_seconds` holds the seconds of the current iteration by phase, which stages add to.
+    """
+
+    automatic_optimization = False
+    needs_in_fit: frozenset[str] = frozenset()  # what the stages must provide for `training_step`
+
+    def __init__(self, policy: CausalLMPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.evaluation = Evaluation()
+        self.phase_seconds: dict[str, float] = {}
+        self.last_phase_seconds: dict[str, float] = {"rollout": 0.0, "verify": 0.0, "update": 0.0}
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's settings and that the stages provide what this stage of the run needs."""
+        for name, instead in _REPLACED.items():
+            value = getattr(self.trainer, name, None)
+            if value not in (None, 0, 0.0) and not (name == "accumulate_grad_batches" and value == 1):
+                raise InputError(
+                    f"`trainer.{name}`={value} does not apply here; remove it and set `{instead}` instead."
+                )
+        needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
+        if stage == "predict":
+            needs = frozenset({"rollouts"})
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_requirements(needs, callbacks, callbacks, "the module")
+
+    def configure_model(self) -> None:
+        """Load the weights; called by Lightning on every rank before checkpoints are restored."""
+        self.policy.build()
+
+    def end_iteration(self, update_seconds: float) -> None:
+        """Log seconds and share of each phase of this iteration and start counting anew."""
+        seconds = {"rollout": 0.0, "verify": 0.0, **self.phase_seconds, "update": update_seconds}
+        total = max(sum(seconds.values()), 1e-9)
+        self.log_dict({f"time/{phase}": value for phase, value in seconds.items()})
+        self.log_dict({f"time/{phase}_share": value / total for phase, value in seconds.items()})
+        self.last_phase_seconds, self.phase_seconds = seconds, {}
+
+    def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]]) -> dict[str, Tensor]:
+        """Clip each module's gradient, take one step, advance the schedule; the norms before clipping."""
+        norms = {
+            name: nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
+            for name, (module, settings) in modules.items()
+        }
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        return norms
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch; ranks exchange gradients with the `last` one of a mini-batch only.
+
+        Losses are shares of the mini-batch over all ranks, so gradients add up; strategies average them, which
+        the factor `world_size` undoes.
+        """
+        strategy = self.trainer.strategy
+        quiet = not last and isinstance(strategy, ParallelStrategy)
+        with strategy.block_backward_sync() if quiet else nullcontext():  # type: ignore[attr-defined]
+            self.manual_backward(loss * self.trainer.world_size)
+
+    def prompt_values(self, prompts: list[Prompt]) -> Tensor | None:
+        """The critic's chance of success for each prompt, `[N]`; None without a critic."""
+        return None
+
+    def _evaluate(self, batch: PromptBatch, dataloader_idx: int) -> None:
+        if not len(batch):
+            return  # this rank's share of the last batch is empty
+        assert batch.rollouts is not None
+        values = self.prompt_values(batch.prompts)
+        spread = None if values is None else values[batch.rollouts.prompt_index]
+        self.evaluation.update(dataloader_idx, batch.rollouts, spread)
+        if batch.greedy_rollouts is not None:
+            self.evaluation.update(dataloader_idx, batch.greedy_rollouts, values, greedy=True)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect the batch's scored responses."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect the batch's scored responses."""
+        self._evaluate(batch, dataloader_idx)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Nothing to add: the stages have sampled and scored, and CompletionWriter writes."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting the validation's own time, apart from the training iteration's."""
+        self._validation_start = time.perf_counter()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log avg@k and pass@k of every validation set."""
+        self._report()
+
+    def on_test_epoch_end(self) -> None:
+        """Log avg@k and pass@k of every test set."""
+        self._report()
+
+    def _report(self) -> None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        loaders = self.trainer.num_val_batches if self.trainer.validating else self.trainer.num_test_batches
+        names = getattr(datamodule, "validation_names", None) or [f"set{i}" for i in range(len(loaders))]
+        if self.trainer.testing:
+            names = getattr(datamodule, "test_names", None) or names
+        metrics = self.evaluation.report(names)
+        self.evaluation.reset()
+        self.phase_seconds = {}
+        self.log_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()})

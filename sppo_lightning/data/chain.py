@@ -1,0 +1,104 @@
+"""The embedded task: chains of labelled arithmetic modulo ten, solved one step at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sppo_lightning.data.sources import PromptSource
+from sppo_lightning.errors import InputError
+
+LABELS = "abcdefghijklmnopqrst"
+
+
+class ChainTask(PromptSource):
+    r"""Chains of labelled operations modulo 10, generated on the fly; longer chains are harder.
+
+    The prompt `9 a +4 b +7 ;` is answered by `a 9 +4 = 3 b 3 +7 = 0 ; \boxed{ 0 }`: each step copies its
+    label, recalls the running value, copies the operation and computes. Prompts of the two splits are disjoint.
+
+    Args:
+        operations: Chain lengths and their shares, such as `{2-5: 0.9, 6-10: 0.1}`.
+        size: Number of prompts.
+        split: `train` or `validation`; a prompt belongs to one of them, decided by its hash.
+        seed: Decides which prompts are drawn.
+        demonstrations: Give every prompt its worked solution, for the supervised warm start.
+    """
+
+    def __init__(
+        self,
+        operations: dict[str, float],
+        size: int,
+        split: Literal["train", "validation"] = "train",
+        seed: int = 0,
+        demonstrations: bool = False,
+    ) -> None:
+        self.ranges = [_parse_range(text) for text in operations]
+        self.shares = list(operations.values())
+        self.size = size
+        self.split = split
+        self.seed = seed
+        self.demonstrations = demonstrations
+        if size < 1 or not operations or min(self.shares) < 0 or sum(self.shares) <= 0:
+            raise InputError(
+                f"ChainTask with `size`={size} and `operations`={operations} has no prompts to draw."
+            )
+
+    @property
+    def origin(self) -> str:
+        """The task's settings, for error messages."""
+        return f"ChainTask(split={self.split}, seed={self.seed})"
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Distinct prompts with their answer, the number of operations and, if asked for, a demonstration."""
+        rng = random.Random(f"{self.seed}|{self.split}")
+        found: dict[str, Mapping[str, Any]] = {}
+        for _ in range(100 * self.size):
+            low, high = rng.choices(self.ranges, self.shares)[0]
+            row = _chain(rng, rng.randint(low, high))
+            if _split_of(row["prompt"]) == self.split and row["prompt"] not in found:
+                found[row["prompt"]] = row if self.demonstrations else {**row, "demonstration": None}
+                if len(found) == self.size:
+                    return list(found.values())
+        raise InputError(
+            f"ChainTask found only {len(found)} distinct prompts for `size`={self.size}; lower it or add longer chains."
+        )
+
+
+def _chain(rng: random.Random, operations: int) -> dict[str, Any]:
+    value = rng.randrange(10)
+    labels = sorted(rng.sample(LABELS, operations))
+    prompt, steps = [str(value)], []
+    for label in labels:
+        operand = rng.randrange(1, 10)
+        prompt += [label, f"+{operand}"]
+        steps += [label, str(value), f"+{operand}", "=", str((value + operand) % 10)]
+        value = (value + operand) % 10
+    return {
+        "prompt": " ".join([*prompt, ";"]),
+        "answer": str(value),
+        "demonstration": " ".join([*steps, ";", r"\boxed{", str(value), "}"]),
+        "operations": operations,
+    }
+
+
+def _split_of(prompt: str) -> str:
+    digest = hashlib.blake2b(prompt.encode(), digest_size=2).digest()
+    return "validation" if digest[0] % 8 == 0 else "train"
+
+
+def _parse_range(text: str) -> tuple[int, int]:
+    low, _, high = str(text).partition("-")
+    try:
+        numbers = int(low), int(high or low)
+    except ValueError:
+        raise InputError(
+            f"`operations` of ChainTask has the key {text!r}; write a range such as 2-5."
+        ) from None
+    if not 1 <= numbers[0] <= numbers[1] <= len(LABELS):
+        raise InputError(
+            f"`operations` of ChainTask has the range {text!r}; it must lie within 1-{len(LABELS)}."
+        )
+    return numbers

@@ -1,0 +1,75 @@
+"""What every rollout engine does."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from sppo_lightning.batch import FinishReason, PromptBatch, Rollouts
+from sppo_lightning.engines.sampling import Sampling
+from sppo_lightning.models import CausalLMPolicy
+
+
+class Engine(ABC):
+    """Samples responses from the policy.
+
+    An engine returns token ids, the log-probabilities of the distribution that it sampled from and its own
+    `finish_reason`; the same prompt, visit and seed give the same response whatever else is in the batch.
+    """
+
+    @abstractmethod
+    def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
+        """Sample from these weights from now on; `version` is written into the rollouts."""
+
+    @abstractmethod
+    def generate(self, batch: PromptBatch, sampling: Sampling) -> Rollouts:
+        """Sample `sampling.samples_per_prompt` responses per prompt, prompt by prompt, in the batch's order."""
+
+
+def pack_rollouts(
+    batch: PromptBatch,
+    prompt_index: list[int],
+    responses: list[list[int]],
+    log_probs: list[list[float]],
+    finish_reasons: list[FinishReason],
+    *,
+    policy: CausalLMPolicy,
+    temperature: float,
+    version: int,
+) -> Rollouts:
+    """Rollouts from ragged lists: `N` rows of response ids and log-probabilities, on the policy's device."""
+    tokenizer = policy.tokenizer
+    prompts = [batch.token_ids[i] for i in prompt_index]
+    pad = tokenizer.pad_token_id
+    prompt_ids, prompt_mask = _padded(prompts, pad, left=True)
+    response_ids, response_mask = _padded(responses, pad, left=False)
+    sampled = torch.zeros(response_mask.shape)
+    for row, values in enumerate(log_probs):
+        sampled[row, : len(values)] = torch.tensor(values)
+    device = policy.device
+    return Rollouts(
+        prompts=[batch.prompts[i] for i in prompt_index],
+        prompt_index=torch.tensor(prompt_index, dtype=torch.long, device=device),
+        prompt_ids=prompt_ids.to(device),
+        prompt_mask=prompt_mask.to(device),
+        response_ids=response_ids.to(device),
+        response_mask=response_mask.to(device),
+        sampled_log_probs=sampled.to(device),
+        responses=tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else [],
+        finish_reasons=finish_reasons,
+        temperature=temperature,
+        policy_version=version,
+    )
+
+
+def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, `[rows, longest]`, padded on the left or on the right."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, span] = torch.tensor(row, dtype=torch.long)
+        mask[i, span] = 1.0
+    return ids, mask

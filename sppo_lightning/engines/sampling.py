@@ -1,0 +1,99 @@
+"""How tokens are drawn: the settings, the noise, and one decoding step's choice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sppo_lightning.batch import Prompt
+from sppo_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Args:
+        temperature: Logits are divided by it before the softmax, in sampling and in training alike; 0 is greedy.
+        max_new_tokens: Longest response, in tokens, the end-of-sequence token included.
+        samples_per_prompt: Responses per prompt (N).
+        top_p: Keep the most likely tokens up to this probability mass; 1 keeps all.
+        top_k: Keep this many of the most likely tokens; 0 keeps all.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 1024
+    samples_per_prompt: int = 1
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
+            ("samples_per_prompt", self.samples_per_prompt, self.samples_per_prompt >= 1, "1 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (keep all) or more"),
+        ]
+        for name, value, good, allowed in checks:
+            if not good:
+                raise InputError(f"`{name}`={value} of the sampling settings cannot be used; it must be {allowed}.")
+
+
+def run_seed() -> int:
+    """The run's seed, as `seed_everything` leaves it in the environment; 0 when nothing was seeded."""
+    return int(os.environ.get("PL_GLOBAL_SEED") or 0)
+
+
+def token_noise(seed: int, prompt: Prompt, visit: int, sample: int, tokens: int) -> np.ndarray:
+    """`[tokens]` uniform numbers in [0, 1) that depend on the arguments and nothing else.
+
+    One number decides one token, so a response is the same whoever else is in the batch and on whatever rank
+    it is sampled.
+    """
+    key = f"{seed}|{prompt.dataset}|{prompt.row}|{visit}|{sample}".encode()
+    digest = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=digest)).random(tokens, dtype=np.float32)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits `[n, V]` with the tokens outside top-k and top-p (nucleus) at minus infinity."""
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        # a token goes when the mass before it reaches top_p already, so the most likely one always stays
+        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverse CDF.
+
+    Args:
+        logits: `[n, V]`, float32, before the temperature.
+        uniforms: `[n]`, one number in [0, 1) per row; unused when greedy.
+        sampling: Temperature, top-k and top-p.
+
+    Returns:
+        Token ids `[n]`, and their log-probabilities `[n]` under the distribution that was sampled from. Greedy
+        choices report the log-probability at temperature 1.
+    """
+    if sampling.temperature == 0:
+        log_probs = logits.log_softmax(dim=-1)
+        tokens = logits.argmax(dim=-1)
+    else:
+        log_probs = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(dim=-1)
+        cumulative = log_probs.exp().cumsum(dim=-1)
+        # scaled by the sum as rounded, and strictly below it, so no token of probability zero is ever drawn
+        target = uniforms.clamp(max=1 - 1e-6) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)

@@ -1,0 +1,143 @@
+"""The policy: any Hugging Face causal language model, and its log-probabilities."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from sppo_lightning.batch import Rollouts
+from sppo_lightning.errors import InputError
+from sppo_lightning.models.loading import load_model, load_tokenizer
+from sppo_lightning.models.log_probs import selected_log_probs
+
+
+class CausalLMPolicy(nn.Module):
+    """Any Hugging Face causal language model as the policy.
+
+    Args:
+        pretrained: Folder or hub id of the model, such as `Qwen/Qwen2.5-1.5B`.
+        tokenizer: Folder or hub id of the tokenizer; the model's own when left out.
+        config: Build a model with random weights from these transformers config values (`model_type` among
+            them) instead of loading `pretrained`; `tokenizer` must then be given.
+        attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2`; its default when
+            left out.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        tokenizer: str | None = None,
+        config: dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.tokenizer_name = tokenizer or pretrained
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None  # a transformers causal LM, once `build` has run
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, loaded on first use."""
+        if self.tokenizer_name is None:
+            raise InputError("`model.policy` needs `pretrained`, or `config` together with `tokenizer`.")
+        return load_tokenizer(self.tokenizer_name, "model.policy.tokenizer", self.trust_remote_code)
+
+    def build(self) -> None:
+        """Load the weights; a second call does nothing."""
+        if self.model is not None:
+            return
+        self.model = load_model(
+            AutoModelForCausalLM,
+            self.pretrained,
+            self.config,
+            setting="model.policy",
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+        )
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @cached_property
+    def eos_token_ids(self) -> list[int]:
+        """Every id that ends a response: the tokenizer's and the generation config's."""
+        ids = self.model.generation_config.eos_token_id
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        return sorted({*ids, self.tokenizer.eos_token_id})
+
+    def head(self) -> dict[str, Any]:
+        """The output embedding and what the model does to its logits, as `selected_log_probs` takes them."""
+        config = self.model.config.get_text_config()
+        embedding = self.model.get_output_embeddings()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return {
+            "weight": embedding.weight,
+            "bias": getattr(embedding, "bias", None),
+            "scale": float(scale),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, H]` hidden states to `[n, V]` float32 logits, before the temperature; for a decoding step."""
+        head = self.head()
+        logits = nn.functional.linear(hidden, head["weight"], head["bias"]).float() * head["scale"]
+        return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
+
+    def forward(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the response tokens, both `[N, T]`, nats, zero off the mask.
+
+        They are of the distribution that was sampled from: logits divided by `rollouts.temperature`. Rows are
+        laid flush left, `prompt | response | padding`, so causal attention needs no mask, and only the hidden
+        states that predict a response token meet the output embedding.
+        """
+        ids, lengths = flush_left(rollouts)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, L, H]
+        row, token = rollouts.response_mask.nonzero(as_tuple=True)  # the M response tokens
+        log_probs, entropy = selected_log_probs(
+            hidden[row, lengths[row] + token - 1],
+            targets=rollouts.response_ids[row, token],
+            temperature=rollouts.temperature,
+            **self.head(),
+        )
+        empty = log_probs.new_zeros(rollouts.response_mask.shape)
+        return empty.index_put((row, token), log_probs), empty.index_put((row, token), entropy)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare our logits with the model's own on three tokens: a model may treat them in a way of its own."""
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.get_output_embeddings().weight.shape[0]
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        if not torch.allclose(ours, expected, atol=1e-3, rtol=1e-3):
+            raise InputError(
+                f"`model.policy`={self.pretrained or self.config!r}: {type(self.model).__name__} changes its "
+                f"logits in a way that CausalLMPolicy does not know (largest difference "
+                f"{(ours - expected).abs().max():.2g}); override CausalLMPolicy.head for it."
+            )
+
+
+def flush_left(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Rows as `prompt | response | padding`: ids `[N, L]`, and the prompts' lengths `[N]`."""
+    prompt_lengths = rollouts.prompt_mask.sum(1).long()
+    totals = prompt_lengths + rollouts.response_mask.sum(1).long()
+    both = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
+    first = rollouts.prompt_ids.shape[1] - prompt_lengths  # where the left padding ends
+    columns = first[:, None] + torch.arange(int(totals.max()), device=both.device)
+    return both.gather(1, columns.clamp(max=both.shape[1] - 1)), prompt_lengths

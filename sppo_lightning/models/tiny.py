@@ -1,0 +1,71 @@
+"""Small models from scratch, with a word-level tokenizer, for quick runs on a CPU."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sppo_lightning.models.policy import CausalLMPolicy
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `words`, split at white space, with `<pad>`, `<eos>` and `<unk>`."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class TinyPolicy(CausalLMPolicy):
+    """A Qwen2 with random weights and a word-level tokenizer: a policy that trains on one CPU core.
+
+    Args:
+        words: The vocabulary, in one string, separated by white space.
+        hidden_size: Width of the residual stream.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads; must divide `hidden_size`.
+        intermediate_size: Width of the feed-forward layers.
+        max_tokens: Longest sequence, prompt and response together, in tokens.
+    """
+
+    def __init__(
+        self,
+        words: str,
+        hidden_size: int = 128,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        intermediate_size: int = 256,
+        max_tokens: int = 256,
+    ) -> None:
+        self.words = words.split()
+        super().__init__(
+            config={
+                "model_type": "qwen2",
+                "vocab_size": len(self.tokenizer),
+                "hidden_size": hidden_size,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": num_heads,
+                "num_key_value_heads": num_heads,
+                "intermediate_size": intermediate_size,
+                "max_position_embeddings": max_tokens,
+                "tie_word_embeddings": True,
+                "pad_token_id": self.tokenizer.pad_token_id,
+                "bos_token_id": None,
+                "eos_token_id": self.tokenizer.eos_token_id,
+            }
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The word-level tokenizer over `words`."""
+        return word_tokenizer(self.words)

@@ -1,0 +1,60 @@
+"""One AdamW with a parameter group per module, each with its own rate, decay and gradient clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from sppo_lightning.errors import InputError
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class GroupOptimizer:
+    """How AdamW moves one module.
+
+    Args:
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+        betas: Decay of AdamW's two averages.
+        max_grad_norm: The module's gradient is scaled down to this norm before each update.
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+
+
+def build_optimizer(
+    modules: dict[str, tuple[nn.Module, GroupOptimizer]],
+    schedule: Schedule,
+    warmup_updates: int,
+    total_updates: int,
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW over all modules, and its schedule in updates.
+
+    `total_updates` is `trainer.max_steps`; linear and cosine decay end there, so they need it to be set.
+    """
+    if schedule != "constant" and total_updates < 1:
+        raise InputError(
+            f"`lr_schedule`={schedule!r} reaches zero at `trainer.max_steps`, which is not set; set it."
+        )
+    groups = [
+        {
+            "name": name,
+            "params": [p for p in module.parameters() if p.requires_grad],
+            "lr": settings.lr,
+            "weight_decay": settings.weight_decay,
+            "betas": tuple(settings.betas),
+        }
+        for name, (module, settings) in modules.items()
+    ]
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.AdamW(groups)
+    return optimizer, get_scheduler(name, optimizer, warmup_updates, max(total_updates, 1))

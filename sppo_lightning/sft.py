@@ -1,0 +1,99 @@
+"""Supervised fine-tuning on demonstrations: the warm start that reinforcement learning builds on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sppo_lightning.base import PolicyModule
+from sppo_lightning.batch import PromptBatch, Rollouts
+from sppo_lightning.batching import micro_batches
+from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.errors import InputError
+from sppo_lightning.meter import Meter
+from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
+
+
+class SFTModule(PolicyModule):
+    """Trains a policy on demonstrations: cross-entropy on the response's tokens, the prompt's left out.
+
+    The data set needs a demonstration per prompt (a `response` or `completion` column). Validation samples and
+    scores responses through the same stages as reinforcement learning.
+
+    Args:
+        policy: The model that is trained.
+        optimizer: Learning rate, weight decay and gradient clip.
+        lr_schedule: How the learning rate goes on after the warm-up, in updates.
+        warmup_updates: Updates over which the learning rate rises from zero.
+        micro_batch_tokens: Token budget of one forward and backward on one rank, padding included.
+    """
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        optimizer: GroupOptimizer = GroupOptimizer(lr=1e-5),  # noqa: B008 (frozen)
+        lr_schedule: Schedule = "constant",
+        warmup_updates: int = 0,
+        micro_batch_tokens: int = 16384,
+    ) -> None:
+        super().__init__(policy)
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_updates = warmup_updates
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One update: mean negative log-likelihood of the demonstrations' tokens, over all ranks."""
+        start, meter = time.perf_counter(), Meter()
+        examples = self.demonstrations(batch)
+        count = examples.response_mask.sum()
+        tokens = self.trainer.strategy.reduce(count, reduce_op="sum").clamp(min=1.0)
+        lengths = (examples.prompt_mask.sum(1) + examples.response_mask.sum(1)).long().tolist()
+        groups = micro_batches(lengths, self.micro_batch_tokens)
+        for i, rows in enumerate(groups):
+            log_probs, entropy = self.policy(examples.rows(rows))
+            self.accumulate(-log_probs.sum() / tokens, last=i == len(groups) - 1)
+            mask = examples.response_mask[rows].bool()
+            meter.add("sft/loss", -log_probs[mask].mean(), mask.sum())
+            meter.add("policy/entropy", entropy[mask].mean(), mask.sum())
+        meter.add("policy/grad_norm", self.step_optimizer(self.trained_modules())["policy"])
+        self.log_dict(meter.means(self.trainer.strategy), prog_bar=True)
+        self.end_iteration(time.perf_counter() - start)
+
+    def demonstrations(self, batch: PromptBatch) -> Rollouts:
+        """The batch's demonstrations as responses, each closed by the end-of-sequence token."""
+        missing = [p for p in batch.prompts if p.demonstration is None]
+        if missing:
+            raise InputError(
+                f"Row {missing[0].row} of the data set {missing[0].dataset!r} has no demonstration to learn from; "
+                "SFTModule needs a `response` or `completion` column (or name it in `columns`)."
+            )
+        tokenizer = self.policy.tokenizer
+        texts = [str(p.demonstration) for p in batch.prompts]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        responses = [[*row, tokenizer.eos_token_id] for row in ids]
+        return pack_rollouts(
+            batch,
+            list(range(len(batch))),
+            responses,
+            [[0.0] * len(row) for row in responses],
+            ["stop"] * len(responses),
+            policy=self.policy,
+            temperature=1.0,
+            version=self.trainer.global_step,
+        )
+
+    def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
+        """The policy and its optimizer settings."""
+        return {"policy": (self.policy, self.optimizer)}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on the policy."""
+        optimizer, schedule = build_optimizer(
+            self.trained_modules(), self.lr_schedule, self.warmup_updates, self.trainer.max_steps
+        )
+        return [optimizer], [schedule]
