@@ -1,8 +1,8 @@
 """Peak memory and time of token log-probabilities over a large vocabulary, forward and backward.
 
 Compares `selected_log_probs` with the plain computation that holds all logits. Each measurement runs in a
-process of its own: the peak is the process's largest resident set (ru_maxrss) minus its resident set just before
-the computation, when the inputs are in memory. The gradient of the output embedding counts for both.
+process of its own: the peak is the process's largest resident set (ru_maxrss) minus its resident set just
+before the computation, when the inputs are in memory. The gradient of the output embedding counts for both.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def compare(tokens: int, vocabulary: int, hidden_size: int) -> dict[str, object]
         if abs(naive[key] - ours[key]) > 1e-4 * abs(naive[key]):
             raise RuntimeError(f"the methods disagree on {key}: {naive[key]} and {ours[key]}")
     for name, result in results.items():
-        share = result["peak_mib"] / naive["peak_mib"]
+        share, seconds = result["peak_mib"] / naive["peak_mib"], result["seconds"]
         print(
-            f"{hidden_size:>6}  {name:<20}{result['peak_mib']:>10,.0f}{share:>10.3f}{result['seconds']:>9.1f}",
+            f"{hidden_size:>6}  {name:<20}{result['peak_mib']:>10,.0f}{share:>10.3f}{seconds:>9.1f}",
             flush=True,
         )
     ratio = ours["peak_mib"] / naive["peak_mib"]
