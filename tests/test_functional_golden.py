@@ -63,5 +63,5 @@ def test_agrees_with_the_authors_implementation(case):
     assert case["expected"]
     for key, expected in case["expected"].items():
         torch.testing.assert_close(
-            actual[key], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
+            actual[key], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
         )

@@ -100,26 +100,25 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight.shape, dtype=head.dtype) if needs_weight else None
         grad_bias = bias.new_zeros(bias.shape, dtype=head.dtype) if needs_bias else None
         first, second = head.buffers(len(hidden), weight) if kept is None else (kept, torch.empty_like(kept))
-        with torch.autocast(hidden.device.type, enabled=False):  # backward may be called inside one
-            for chunk in head.chunks(len(hidden)):
-                rows, upstream = h[chunk], grad[chunk, None]
-                logits, p = first[: len(rows)], second[: len(rows)]
-                if kept is None:
-                    head.write(logits, rows, w, b)
-                    torch.softmax(logits, dim=-1, out=p).mul_(-upstream)
+        for chunk in head.chunks(len(hidden)):
+            rows, upstream = h[chunk], grad[chunk, None]
+            logits, p = first[: len(rows)], second[: len(rows)]
+            if kept is None:
+                head.write(logits, rows, w, b)
+                torch.softmax(logits, dim=-1, out=p).mul_(-upstream)
+            else:
+                torch.mul(kept, -upstream, out=p)
+            p.scatter_add_(1, targets[chunk, None], upstream)  # g · (1[y] − p)
+            product = head.product_gradient_(p, logits)
+            if grad_hidden is not None:
+                torch.mm(product, w, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                if head.dtype == head.matmul_dtype:
+                    grad_weight.addmm_(product.t(), rows)
                 else:
-                    torch.mul(kept, -upstream, out=p)
-                p.scatter_add_(1, targets[chunk, None], upstream)  # g · (1[y] − p)
-                product = head.product_gradient_(p, logits)
-                if grad_hidden is not None:
-                    torch.mm(product, w, out=grad_hidden[chunk])
-                if grad_weight is not None:
-                    if head.dtype == head.matmul_dtype:
-                        grad_weight.addmm_(product.t(), rows)
-                    else:
-                        grad_weight.add_(product.t() @ rows)
-                if grad_bias is not None:
-                    grad_bias.add_(p.sum(dim=0))
+                    grad_weight.add_(product.t() @ rows)
+            if grad_bias is not None:
+                grad_bias.add_(p.sum(dim=0))
         return _like(grad_hidden, hidden), _like(grad_weight, weight), _like(grad_bias, bias), None, None
 
 

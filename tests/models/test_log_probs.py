@@ -151,6 +151,18 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(chunk_size)
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_backward_inside_autocast_does_not_round_a_wider_forward(chunk_size, dtype):
+    hidden, weight, bias, targets = make_inputs(rows=16, dtype=dtype)
+    leaves = (hidden, weight, bias)
+    log_probs, _ = selected_log_probs(hidden, weight, targets, bias=bias, chunk_size=chunk_size)
+    outside = torch.autograd.grad(log_probs.sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(log_probs.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_sums_over_many_bfloat16_chunks_do_not_lose_the_later_ones():
     # Each of 1,000 rows adds 1/2 to the gradient of the first weight; bfloat16 sums would stop at 128.
     hidden = torch.ones(1000, 1, dtype=torch.bfloat16)
