@@ -20,11 +20,13 @@ from sppo_lightning.pipeline import check_requirements
 class CompletionWriter(Callback):
     """Writes every completion of `predict`, one row each, with its scores.
 
-    Columns: dataset, row, prompt, response, gold, finish_reason, response_tokens, reward, and `score/<name>` for each
-    verifier; a missing verdict is null. The file appears when `predict` is complete, all ranks' rows together.
+    Columns: dataset, row, prompt, response, gold, finish_reason, response_tokens, reward, and `score/<name>`
+    for each verifier; a missing verdict is null. The file appears when `predict` is complete, all ranks' rows
+    together.
 
     Args:
-        path: File to write, ending in .parquet or .jsonl. Several ranks need it on a file system that all share.
+        path: File to write, ending in .parquet or .jsonl. Several ranks need it on a file system that all
+            share.
     """
 
     def __init__(self, path: str = "runs/completions.parquet") -> None:
@@ -89,8 +91,8 @@ class CompletionWriter(Callback):
         missing = [part.name for part in parts if not part.exists()]
         if missing:
             raise InputError(
-                f"`CompletionWriter.path`={str(self.path)!r} is not on a file system that all ranks share: rank 0 "
-                f"does not see {missing[0]}; use a path that they share."
+                f"`CompletionWriter.path`={str(self.path)!r} is on a file system that not all ranks share: "
+                f"rank 0 does not see {missing[0]}; use a path that they share."
             )
         first, *others = parts
         if others:

@@ -15,9 +15,10 @@ from sppo_lightning.verification import close_workers, verify_math
 class MathVerifier(Verifier):
     r"""Scores 1.0 where the final answer of a response equals the gold answer, else 0.0.
 
-    The answer stands in the last `\boxed{…}`, after the last `####` or after "Answer:", behind any `</think>`.
-    Numbers are compared exactly; the rest goes to math-verify in worker processes. A comparison that takes too long
-    scores 0.0; a gold answer that cannot be read, or a worker that crashes, gives no verdict.
+    The answer stands in the last `\boxed{…}`, after the last `####` or after "Answer:", behind any
+    `</think>`. Numbers are compared exactly; the rest goes to math-verify in worker processes. A comparison
+    that takes too long scores 0.0; a gold answer that cannot be read, or a worker that crashes, gives no
+    verdict.
 
     Args:
         timeout_seconds: Time that one comparison may take in a worker before it is killed.

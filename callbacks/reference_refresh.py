@@ -13,8 +13,8 @@ class ReferenceRefresh(Callback):
     """Moves the reference to `mix × policy + (1 − mix) × reference` every so many policy updates.
 
     Args:
-        every_n_updates: Policy updates (`trainer.global_step`) between refreshes. An iteration makes several; the
-            refresh comes after the iteration that reaches or passes the multiple.
+        every_n_updates: Policy updates (`trainer.global_step`) between refreshes. An iteration makes several;
+            the refresh comes after the iteration that reaches or passes the multiple.
         mix: Share of the policy in the new reference, above 0 and at most 1; 1 copies the policy.
     """
 
@@ -22,8 +22,8 @@ class ReferenceRefresh(Callback):
         super().__init__()
         if every_n_updates < 1:
             raise InputError(
-                f"`ReferenceRefresh.every_n_updates`={every_n_updates} is no interval; use 1 or more, or leave "
-                "ReferenceRefresh out of `trainer.callbacks` for a fixed reference."
+                f"`ReferenceRefresh.every_n_updates`={every_n_updates} is no interval; use 1 or more, or "
+                "leave ReferenceRefresh out of `trainer.callbacks` for a fixed reference."
             )
         if not 0 < mix <= 1:
             raise InputError(
@@ -33,12 +33,12 @@ class ReferenceRefresh(Callback):
         self.mix = mix
         self._checked_at: int | None = None  # updates made when last asked whether a refresh is due
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a reference to refresh."""
-        if stage == "fit" and getattr(pl_module, "reference", None) is None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there is a reference to refresh, now that the module has loaded what it uses."""
+        if getattr(pl_module, "reference", None) is None:
             raise InputError(
-                "`trainer.callbacks` lists ReferenceRefresh, but `model.kl_coef` is 0 and no reference is loaded; "
-                "raise `model.kl_coef` above 0 or remove ReferenceRefresh."
+                "`trainer.callbacks` lists ReferenceRefresh, but `model.kl_coef` is 0 and nothing else uses a "
+                "reference; raise `model.kl_coef` above 0 or remove ReferenceRefresh."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

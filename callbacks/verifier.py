@@ -28,13 +28,13 @@ class VerifierFailure(RuntimeError):
 class Verifier(Stage):
     """Scores each response; a subclass writes `score` and nothing else.
 
-    The scores land in `rollouts.scores[name]`. A failure is not a score: a response on which `score` raises gets no
-    verdict, is counted, and past `max_failure_rate` stops the run with the first traceback.
+    The scores land in `rollouts.scores[name]`. A failure is not a score: a response on which `score` raises
+    gets no verdict, is counted, and past `max_failure_rate` stops the run with the first traceback.
 
     Args:
         weight: Weight of this verifier's scores among the verifiers of the same role.
-        role: "outcome" scores lie in [0, 1] and are the reward; "shaping" scores may be any number and are added to
-            the advantage, centred by their running mean.
+        role: "outcome" scores lie in [0, 1] and are the reward; "shaping" scores may be any number and are
+            added to the advantage, centred by their running mean.
         name: Name in metrics and in `rollouts.scores`; the class name in snake case where none is given.
         max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
     """
@@ -57,18 +57,16 @@ class Verifier(Stage):
         self._check_settings()
         # only an outcome is a reward, which is what the module needs scores for
         self.provides = frozenset({"scores"} if role == "outcome" else ())  # type: ignore[misc]
-        self.counts: Counter[str] = (
-            Counter()
-        )  # of the batch at hand; "errors" are failures, "timeouts" are not
+        self.counts: Counter[str] = Counter()  # of the batch at hand, see `score`
         self._total, self._number = 0.0, 0.0  # of the shaping scores of all batches trained on so far
         self._is_set_up = False
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
         """Give each response its score, or `None` for no verdict.
 
-        May raise: the responses are then scored one by one, and those that raise again get no verdict. A verifier
-        that catches its own failures adds them to `self.counts["errors"]`; `self.counts["timeouts"]` is for those
-        that are the response's doing and do have a score.
+        May raise: the responses are then scored one by one, and those that raise again get no verdict. A
+        verifier that catches its own failures adds them to `self.counts["errors"]`; `self.counts["timeouts"]`
+        is for those that are the response's doing and do have a score.
 
         Args:
             prompts: The prompt of each response, with `gold` and the row's `metadata`.
@@ -122,8 +120,8 @@ class Verifier(Stage):
         if failures > self.max_failure_rate * len(rollouts):
             raise VerifierFailure(
                 f"Verifier {self.name!r} failed on {failures} of {len(rollouts)} responses "
-                f"({failures / len(rollouts):.1%}), more than `max_failure_rate`={self.max_failure_rate:g} allows. "
-                f"The first failure:\n{first_traceback or 'reported by the verifier, without a traceback.'}"
+                f"({failures / len(rollouts):.1%}), more than `max_failure_rate`={self.max_failure_rate:g} "
+                f"allows. The first failure:\n{first_traceback or 'the verifier reported it itself'}"
             )
         self.counts["no_verdict"] += sum(score is None for score in scores)
         values = [math.nan if score is None else float(score) for score in scores]
@@ -159,10 +157,10 @@ class Verifier(Stage):
         if score is None:
             return
         outcome = self.role == "outcome"
-        if isinstance(score, numbers.Real) and (0 <= score <= 1 if outcome else math.isfinite(score)):
+        finite = isinstance(score, numbers.Real) and math.isfinite(score)
+        if finite and (not outcome or 0 <= score <= 1):
             return
         wanted = "a number in [0, 1]" if outcome else "a finite number"
-        finite = isinstance(score, numbers.Real) and math.isfinite(score)
         hint = ", or set `role: shaping`," if outcome and finite else ""
         raise InputError(
             f"Verifier {self.name!r} gave {score!r} to a response to row {prompt.row} of {prompt.dataset!r}; "
@@ -221,7 +219,8 @@ class Verifier(Stage):
             )
         if not 0 <= self.max_failure_rate <= 1:
             raise InputError(
-                f"`{who}.max_failure_rate`={self.max_failure_rate} is no share of a batch; use a number from 0 to 1."
+                f"`{who}.max_failure_rate`={self.max_failure_rate} is no share of a batch; "
+                "use a number from 0 to 1."
             )
         if not _NAME.fullmatch(self.name):
             raise InputError(

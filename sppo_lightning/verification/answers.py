@@ -1,7 +1,8 @@
 r"""Answers in text: where they stand, and what can be decided about them exactly and at once.
 
-Linear time, the standard library alone, and nothing here evaluates what a model wrote: `compare` gives a final
-verdict or `None`, and only what it leaves open and `is_refused` lets through goes to a computer algebra system.
+Linear time, the standard library alone, and nothing here evaluates what a model wrote: `compare` gives a
+final verdict or `None`, and only what it leaves open and `is_refused` lets through goes to a computer algebra
+system.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _ANSWER_LINE = re.compile(r"(?:\banswer[*_ ]{0,4}:|\bfinal answer is:?)([^\n]*)"
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{…}` or `\fbox{…}`; `None` without one, or where the last one is never closed."""
+    r"""Content of the last `\boxed{…}` or `\fbox{…}`; `None` without one or where it is never closed."""
     starts = [at for at in (text.find(r"\boxed"), text.find(r"\fbox")) if at >= 0]
     if not starts:
         return None
@@ -43,9 +44,9 @@ def extract_boxed(text: str) -> str | None:
 def extract_answer(response: str) -> str | None:
     r"""The final answer of a response, or `None` where it gives none.
 
-    Only the text after the last `</think>` counts: its last `\boxed{…}`, without any box the rest of the line after
-    the last `####`, without that the rest of the last line with "Answer:" or "final answer is". An answer that is
-    empty or longer than 512 characters is none.
+    Only the text after the last `</think>` counts: its last `\boxed{…}`, without any box the rest of the line
+    after the last `####`, without that the rest of the last line with "Answer:" or "final answer is". An
+    answer that is empty or longer than 512 characters is none.
     """
     text = response.rpartition("</think>")[2]
     answer: str | None
@@ -75,7 +76,7 @@ _SYMBOLS = str.maketrans(
 
 
 def normalize(answer: str) -> str:
-    """The answer without what does not change its meaning: spacing, math delimiters, ways to write a fraction."""
+    """The answer without what does not change its meaning: spacing, delimiters, how a fraction is written."""
     text = answer.strip().rstrip(".").translate(_SYMBOLS)
     if match := _DELIMITERS.fullmatch(text):
         text = next(group for group in match.groups() if group is not None)
@@ -94,7 +95,9 @@ _NUMBER = re.compile(
     rf"""(?P<sign>[+-]?)(?:
       (?P<whole>{_INTEGER})?\\frac\{{(?P<over>[+-]?{_DECIMAL})\}}\{{(?P<under>[+-]?{_DECIMAL})\}}
     | (?:(?P<whole_before>{_INTEGER})[ ])?(?P<left>{_DECIMAL})/(?P<right>{_DECIMAL})
-    | (?P<decimal>{_DECIMAL})(?:(?:\\times|\\cdot|\*)10\^\{{?(?P<power>[+-]?[0-9]{{1,3}})\}}?|[eE](?P<e>[+-]?[0-9]{{1,3}}))?
+    | (?P<decimal>{_DECIMAL})(?:
+        (?:\\times|\\cdot|\*)10\^\{{?(?P<power>[+-]?[0-9]{{1,3}})\}}? | [eE](?P<e>[+-]?[0-9]{{1,3}})
+      )?
     )(?P<percent>%?)""",
     re.VERBOSE,
 )
@@ -130,12 +133,12 @@ class Quantity(NamedTuple):
     unit: str | None
 
 
-_UNIT_NAMES = (
-    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "mi mile",
-    "in inch", "ft foot feet", "yd yard", "g gram", "kg kilogram", "lb pound", "s sec second", "min minute", "h hr hour",
-    "day", "week", "month", "year", "degree ^\\circ", "radian rad", "dollar $", "cent", "mph", "unit",
-)  # fmt: skip
-_UNITS = {name: group.split()[0] for group in _UNIT_NAMES for name in group.split()}
+_UNIT_NAMES = """
+mm millimeter millimetre | cm centimeter centimetre | m meter metre | km kilometer kilometre | in inch
+ft foot feet | yd yard | mi mile | g gram | kg kilogram | lb pound | s sec second | min minute | h hr hour
+day | week | month | year | degree | radian rad | dollar | cent | mph | unit
+"""
+_UNITS = {name: group.split()[0] for group in re.split(r"[|\n]", _UNIT_NAMES) for name in group.split()}
 _FACTORS = re.compile(
     r"\b(?:percent|hundred|thousand|million|billion|trillion|dozen|pair)s?\b", re.IGNORECASE
 )
@@ -156,7 +159,7 @@ def _unit_name(word: str) -> str:
 
 
 def quantity(text: str) -> Quantity | None:
-    r"""The number and unit that a normalised answer writes out (`5\text{cm}^2`, `$36`, `90^\circ`), or `None`."""
+    r"""The number and unit that a normalised answer writes out (`5\text{cm}^2`, `$36`), or `None`."""
     unit: str | None = None
     if text.startswith(("$", "-$")):
         text, unit = text.replace("$", "", 1), "dollar"
@@ -179,8 +182,8 @@ _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?")
 def compare(answer: str, gold: str) -> bool | None:
     """Whether the answer is the gold answer where that can be said exactly and at once, else `None`.
 
-    Final for equal text, number against number (units included, optional when one side has none), options, words
-    and numbers in a named base.
+    Final for equal text, number against number (units included, optional when one side has none), options,
+    words and numbers in a named base.
     """
     left, right = normalize(answer), normalize(gold)
     if left == right:
@@ -203,7 +206,7 @@ def compare(answer: str, gold: str) -> bool | None:
 
 
 def sides(answer: str, gold: str) -> list[str]:
-    """What has to equal the gold answer: each side of an `=` chain but a leading variable, else the whole answer.
+    """What has to equal the gold answer: the sides of an `=` chain but a leading variable, or the whole.
 
     `x=5` claims 5; `41=42` claims both, so it is neither.
     """
@@ -228,19 +231,21 @@ _COSTLY = re.compile(
 )
 _MAX_DEPTH = 16
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
-_COMMANDS = frozenset(
-    """frac dfrac tfrac cfrac sqrt left right big Big bigg Bigg bigl bigr Bigl Bigr cdot times div pm mp text textbf
-    textrm mathrm mathbf mathbb mathcal mbox operatorname quad qquad displaystyle circ degree pi theta alpha beta gamma
-    delta epsilon varepsilon lambda mu sigma phi varphi omega rho tau zeta eta kappa nu xi chi psi Omega Delta Gamma
-    Lambda Sigma Phi Psi Theta infty in notin cup cap setminus subset subseteq emptyset varnothing sin cos tan cot sec csc
-    arcsin arccos arctan sinh cosh tanh log ln lg exp le leq leqslant ge geq geqslant lt gt ne neq land lor wedge vee
-    begin end lfloor rfloor lceil rceil lvert rvert vert langle rangle binom dbinom tbinom overline bar vec hat
-    ldots dots cdots to mid colon equiv pmod bmod gcd max min det sum prod int lim limits angle triangle prime""".split()
-)
+_COMMAND_NAMES = """
+frac dfrac tfrac cfrac sqrt left right big Big bigg Bigg bigl bigr Bigl Bigr cdot times div pm mp text
+textbf textrm mathrm mathbf mathbb mathcal mbox operatorname quad qquad displaystyle circ degree pi theta
+alpha beta gamma delta epsilon varepsilon lambda mu sigma phi varphi omega rho tau zeta eta kappa nu xi chi
+psi Omega Delta Gamma Lambda Sigma Phi Psi Theta infty in notin cup cap setminus subset subseteq emptyset
+varnothing sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp le leq leqslant ge geq
+geqslant lt gt ne neq land lor wedge vee begin end lfloor rfloor lceil rceil lvert rvert vert langle rangle
+binom dbinom tbinom overline bar vec hat ldots dots cdots to mid colon equiv pmod bmod gcd max min det sum
+prod int lim limits angle triangle prime
+"""
+_COMMANDS = frozenset(_COMMAND_NAMES.split())
 
 
 def is_refused(answer: str, gold: str) -> bool:
-    """Whether an answer is not worth a computer algebra system: costly on purpose, no mathematics, or approximate."""
+    """Whether a computer algebra system must not see an answer: costly, approximate or no mathematics."""
     if len(answer) > MAX_ANSWER_CHARS or _depth(answer) > _MAX_DEPTH or _COSTLY.search(answer):
         return True
     if re.search(r"\)\s*!|\\operatorname\s*\{", answer) and not re.search(r"!|\\operatorname", gold):
@@ -264,7 +269,7 @@ def _depth(text: str) -> int:
 
 
 def is_well_formed(gold: str) -> bool:
-    """Whether a gold answer can be compared with anything: not empty, at most 512 characters, braces balanced."""
+    """Whether a gold answer can be compared at all: not empty, at most 512 characters, braces balanced."""
     depth = 0
     for token in _BRACES.finditer(gold):
         if token.group()[-1] in "{}" and token.group() not in (r"\{", r"\}"):

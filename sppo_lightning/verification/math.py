@@ -1,4 +1,4 @@
-"""Whether a response's final answer is the gold answer: cheap and exact where possible, sympy in workers elsewhere."""
+"""Whether a final answer is the gold answer: exactly and at once where possible, else by sympy in workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MathVerdict:
 
     @property
     def score(self) -> float | None:
-        """1.0 for a correct answer, 0.0 for any other, `None` where nothing can be said about the response."""
+        """1.0 for a correct answer, 0.0 for any other, `None` where nothing can be said about it."""
         return _SCORES[self.status]
 
 
@@ -55,7 +55,8 @@ def verify_math(
     """
     if len(responses) != len(golds):
         raise InputError(
-            f"verify_math() got {len(responses)} responses and {len(golds)} gold answers; give one for each response."
+            f"verify_math() got {len(responses)} responses and {len(golds)} gold answers; "
+            "give one for each response."
         )
     answers = [extract_answer(response) for response in responses]
     pairs = list(zip(answers, golds, strict=True))

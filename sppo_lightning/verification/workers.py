@@ -1,7 +1,7 @@
 """Worker processes that may hang, crash or eat memory without harm to the trainer.
 
-A worker imports this module and math-verify, never torch: it starts in milliseconds, forked from a server process
-that has math-verify loaded, and is killed when an item outlives its time.
+A worker imports this module and math-verify, never torch: it starts in milliseconds, forked from a server
+process that has math-verify loaded, and is killed when an item outlives its time.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class WorkerPool:
 
 
 class _Process(ForkServerProcess):
-    """A child that does not run the program's main module again, which would load torch or start a second run."""
+    """A child that does not run the main module again, which would load torch or start a second run."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802
         with _unimportable_main():
-            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            return ForkServerProcess._Popen(process_obj)
 
 
 class _Context(ForkServerContext):
@@ -110,10 +110,10 @@ def _start_worker() -> None:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end this process when the trainer is gone, even by kill -9 and whatever Python is busy with."""
+    """Have the kernel end this process when the trainer is gone, whatever Python is busy with."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # only ever called in a child
-    sentinel: int = parent.sentinel  # type: ignore[assignment]  # a pipe whose other end the trainer alone holds
+    sentinel = parent.sentinel  # a pipe whose other end the trainer alone holds
     fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
@@ -139,8 +139,8 @@ def check(claims: Sequence[str], gold: str) -> str:
         gold: The gold answer.
 
     Returns:
-        "correct", "wrong", "unparsable_gold", or "timeout" where the memory ran out; never a parsed object, whose
-        printing or pickling alone can hang.
+        "correct", "wrong", "unparsable_gold", or "timeout" where the memory ran out; never a parsed object,
+        whose printing or pickling alone can hang.
     """
     try:
         expected = _parse(gold)
@@ -154,12 +154,12 @@ def check(claims: Sequence[str], gold: str) -> str:
 
 
 def _parse(answer: str) -> list[Any]:
-    """The LaTeX of an answer as sympy objects; boxed, because `3\\sqrt{13}` alone would be read as 3."""
+    r"""The LaTeX of an answer as sympy objects; boxed, because `3\sqrt{13}` alone would be read as 3."""
     from math_verify import LatexExtractionConfig, parse
 
     # LaTeX alone: math-verify's other reader passes text to sympy's parse_expr, which evaluates Python
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse(rf"\boxed{{{answer}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+    return parse(rf"\boxed{{{answer}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def _is_equal(expected: list[Any], claimed: list[Any]) -> bool:
