@@ -49,7 +49,7 @@ class ReferenceRefresh(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refresh the reference where the iteration reached or passed a multiple of `every_n_updates`."""
+        """Refresh where the iteration reached or passed a multiple of `every_n_updates`."""
         before, self._checked_at = self._checked_at or 0, trainer.global_step
         if self._checked_at // self.every_n_updates > before // self.every_n_updates:
             pl_module.refresh_reference(self.mix)  # type: ignore[operator]
