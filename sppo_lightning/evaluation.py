@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +53,9 @@ class Evaluation(Metric):
 
     def compute(self) -> Tensor:
         """All rows of all ranks, `[responses, 5]`, float64."""
-        return torch.cat([r.reshape(-1, _COLUMNS) for r in self.rows]) if len(self.rows) else torch.zeros(0, 5)
+        return (
+            torch.cat([r.reshape(-1, _COLUMNS) for r in self.rows]) if len(self.rows) else torch.zeros(0, 5)
+        )
 
     def report(self, names: Sequence[str]) -> dict[str, float]:
         """Metrics by name; the same number of collective calls on every rank, also on one with no prompts."""
@@ -85,6 +89,25 @@ def _describe(name: str, table: Tensor) -> dict[str, float]:
     if len(greedy):
         metrics[f"val/{name}/greedy"] = float(greedy[:, 2].mean())
     return metrics
+
+
+def by_dataset(metrics: Mapping[str, Any], kind: str) -> dict[str, float]:
+    r"""One validation metric by data set, "all" first, out of everything a run has logged.
+
+    Args:
+        metrics: Values by name, such as `trainer.callback_metrics`.
+        kind: Pattern of the name's last part: `avg@\d+`, `greedy`, `critic_pearson`.
+
+    Returns:
+        `{"all": …, "<dataset>": …}`; "all" is the only data set's where there is one, and nothing without any.
+    """
+    found = {}
+    for name, value in metrics.items():
+        if match := re.fullmatch(f"val/(.+)/{kind}", name):
+            found[match[1]] = float(value)
+    if len(found) == 1:
+        found["all"] = next(iter(found.values()))
+    return {"all": found.pop("all"), **found} if "all" in found else found
 
 
 def pass_at_k(rewards: Tensor, k: int) -> float:

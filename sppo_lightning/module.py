@@ -128,13 +128,19 @@ class SPPOModule(PolicyModule):
     def micro_batches(self, update: Experience) -> Iterator[MicroBatch]:
         """The rows of each backward, by the token budget; as many on every rank, for collectives to meet."""
         groups = micro_batches(update.lengths, self.micro_batch_tokens)
-        most = int(self.trainer.strategy.reduce(torch.tensor(len(groups), device=self.device), reduce_op="max"))
+        most = int(
+            self.trainer.strategy.reduce(torch.tensor(len(groups), device=self.device), reduce_op="max")
+        )
         for i in range(most):
-            index = groups[i] if i < len(groups) else [0]  # a rank that is done goes on with a row that is masked
+            index = (
+                groups[i] if i < len(groups) else [0]
+            )  # a rank that is done goes on with a row that is masked
             rows = update.rows(index)
             verdicts = rows.verdicts if i < len(groups) else torch.zeros_like(rows.verdicts)
             share = 1.0 / (most * self.trainer.world_size)
-            yield MicroBatch(rows.rollouts, rows.rewards, rows.advantages, verdicts, index, share, i == most - 1)
+            yield MicroBatch(
+                rows.rollouts, rows.rewards, rows.advantages, verdicts, index, share, i == most - 1
+            )
 
     def global_counts(self, update: Experience) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict of this mini-batch, over all ranks; at least 1 each."""
@@ -239,7 +245,9 @@ class SPPOModule(PolicyModule):
 
     def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
         """What is trained, by metric name, with its optimizer settings."""
-        modules: dict[str, tuple[nn.Module, GroupOptimizer]] = {"policy": (self.policy, self.policy_optimizer)}
+        modules: dict[str, tuple[nn.Module, GroupOptimizer]] = {
+            "policy": (self.policy, self.policy_optimizer)
+        }
         if self.critic is not None:
             modules["critic"] = (self.critic, self.critic_optimizer)
         return modules

@@ -16,7 +16,7 @@ LABELS = "abcdefghijklmnopqrst"
 class ChainTask(PromptSource):
     r"""Chains of labelled operations modulo 10, generated on the fly; longer chains are harder.
 
-    The prompt `9 a +4 b +7 ;` is answered by `a 9 +4 = 3 b 3 +7 = 0 ; \boxed{ 0 }`: each step copies its
+    The prompt `9 a +3 b +1 ;` is answered by `a 9 +3 = 2 b 2 +1 = 3 ; \boxed{ 3 }`: each step copies its
     label, recalls the running value, copies the operation and computes. Prompts of the two splits are disjoint.
 
     Args:
@@ -24,6 +24,7 @@ class ChainTask(PromptSource):
         size: Number of prompts.
         split: `train` or `validation`; a prompt belongs to one of them, decided by its hash.
         seed: Decides which prompts are drawn.
+        max_operand: Operands are drawn from 1 to this, at most 9; more of them take longer to learn.
         demonstrations: Give every prompt its worked solution, for the supervised warm start.
     """
 
@@ -33,6 +34,7 @@ class ChainTask(PromptSource):
         size: int,
         split: Literal["train", "validation"] = "train",
         seed: int = 0,
+        max_operand: int = 3,
         demonstrations: bool = False,
     ) -> None:
         self.ranges = [_parse_range(text) for text in operations]
@@ -40,7 +42,10 @@ class ChainTask(PromptSource):
         self.size = size
         self.split = split
         self.seed = seed
+        self.max_operand = max_operand
         self.demonstrations = demonstrations
+        if not 1 <= max_operand <= 9:
+            raise InputError(f"`max_operand`={max_operand} of ChainTask is no digit; use 1 to 9.")
         if size < 1 or not operations or min(self.shares) < 0 or sum(self.shares) <= 0:
             raise InputError(
                 f"ChainTask with `size`={size} and `operations`={operations} has no prompts to draw."
@@ -57,7 +62,7 @@ class ChainTask(PromptSource):
         found: dict[str, Mapping[str, Any]] = {}
         for _ in range(100 * self.size):
             low, high = rng.choices(self.ranges, self.shares)[0]
-            row = _chain(rng, rng.randint(low, high))
+            row = _chain(rng, rng.randint(low, high), self.max_operand)
             if _split_of(row["prompt"]) == self.split and row["prompt"] not in found:
                 found[row["prompt"]] = row if self.demonstrations else {**row, "demonstration": None}
                 if len(found) == self.size:
@@ -67,12 +72,12 @@ class ChainTask(PromptSource):
         )
 
 
-def _chain(rng: random.Random, operations: int) -> dict[str, Any]:
+def _chain(rng: random.Random, operations: int, max_operand: int) -> dict[str, Any]:
     value = rng.randrange(10)
     labels = sorted(rng.sample(LABELS, operations))
     prompt, steps = [str(value)], []
     for label in labels:
-        operand = rng.randrange(1, 10)
+        operand = rng.randint(1, max_operand)
         prompt += [label, f"+{operand}"]
         steps += [label, str(value), f"+{operand}", "=", str((value + operand) % 10)]
         value = (value + operand) % 10

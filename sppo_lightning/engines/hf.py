@@ -149,7 +149,7 @@ class HFEngine(Engine):
                 noise[row] = token_noise(seed, batch.prompts[i], batch.visits[i], s, shape[1])
         wave = _Wave(
             rows=torch.arange(shape[0], device=device),
-            mask=torch.cat([mask, mask.new_ones(shape[0], 1)], dim=1),
+            mask=mask,
             uniforms=torch.from_numpy(noise).to(device),
             tokens=torch.full(shape, -1, dtype=torch.long, device=device),
             log_probs=torch.zeros(shape, device=device),

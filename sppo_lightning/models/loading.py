@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from sppo_lightning.errors import InputError
+
+_GENERIC = (
+    "TokenizersBackend",
+    "PreTrainedTokenizerFast",
+)  # tokenizers that are their tokenizer.json and no more
 
 
 def load_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -21,9 +27,15 @@ def load_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> 
     """
     check_exists(name, setting)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # AutoTokenizer prefers the class registered for the model's type to the one that the folder names, and a
+        # generic tokenizer.json beside, say, a Qwen2 model would be read with Qwen's rules
+        generic = get_tokenizer_config(name).get("tokenizer_class") in _GENERIC
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer = loader.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"`{setting}`={name!r} holds no tokenizer that transformers can load ({error}).") from error
+        raise InputError(
+            f"`{setting}`={name!r} holds no tokenizer that transformers can load ({error})."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"The tokenizer of `{setting}`={name!r} has no end-of-sequence token, so no response could stop; "
@@ -57,7 +69,9 @@ def load_model(
         settings = dict(config)
         model_type = settings.pop("model_type", None)
         if model_type is None:
-            raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
+            raise InputError(
+                f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2."
+            )
         try:
             built = AutoConfig.for_model(model_type, **settings, **_head_options(options))
         except ValueError as error:
