@@ -37,8 +37,8 @@ class ReferenceRefresh(Callback):
         """Check that there is a reference to refresh, now that the module has loaded what it uses."""
         if getattr(pl_module, "reference", None) is None:
             raise InputError(
-                "`trainer.callbacks` lists ReferenceRefresh, but `model.kl_coef` is 0 and nothing else uses a "
-                "reference; raise `model.kl_coef` above 0 or remove ReferenceRefresh."
+                "`trainer.callbacks` lists ReferenceRefresh, but `model.kl_coef` is 0 and nothing else uses "
+                "a reference; raise `model.kl_coef` above 0 or remove ReferenceRefresh."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
