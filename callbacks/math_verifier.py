@@ -42,9 +42,7 @@ class MathVerifier(Verifier):
         if not timeout_seconds > 0:
             raise InputError(f"`MathVerifier.timeout_seconds`={timeout_seconds} is no time; use 2.0.")
         if workers < 1:
-            raise InputError(
-                f"`MathVerifier.workers`={workers} leaves nobody to compare answers; use 1 or more."
-            )
+            raise InputError(f"`MathVerifier.workers`={workers} leaves nobody to compare answers; use 1 or more.")
         self.timeout_seconds = timeout_seconds
         self.workers = workers
 

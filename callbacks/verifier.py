@@ -170,9 +170,7 @@ class Verifier(Stage):
     def _mean(self) -> float:
         return self._total / self._number if self.role == "shaping" and self._number else 0.0
 
-    def _log(
-        self, trainer: Trainer, module: LightningModule, total: float, number: float, seconds: float
-    ) -> None:
+    def _log(self, trainer: Trainer, module: LightningModule, total: float, number: float, seconds: float) -> None:
         """Log the batch; after a training batch also move the running mean, alike on every rank."""
         counts = [float(self.counts[kind]) for kind in ("errors", "timeouts", "no_verdict")]
         prefix = f"verifier/{self.name}"
@@ -189,9 +187,7 @@ class Verifier(Stage):
             module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
         elif trainer.validating or trainer.testing:
             metrics = dict(zip(names, [*counts, seconds], strict=True))
-            module.log_dict(
-                metrics, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1
-            )
+            module.log_dict(metrics, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
 
     @property
     def state_key(self) -> str:

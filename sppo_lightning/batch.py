@@ -99,8 +99,7 @@ class Rollouts:
             elif isinstance(value, list):
                 changes[entry.name] = [value[i] for i in picked.tolist()]
         changes["scores"] = {
-            name: dataclasses.replace(scores, values=scores.values[picked])
-            for name, scores in self.scores.items()
+            name: dataclasses.replace(scores, values=scores.values[picked]) for name, scores in self.scores.items()
         }
         return dataclasses.replace(self, **changes)
 

@@ -53,9 +53,7 @@ class Evaluation(Metric):
 
     def compute(self) -> Tensor:
         """All rows of all ranks, `[responses, 5]`, float64."""
-        return (
-            torch.cat([r.reshape(-1, _COLUMNS) for r in self.rows]) if len(self.rows) else torch.zeros(0, 5)
-        )
+        return torch.cat([r.reshape(-1, _COLUMNS) for r in self.rows]) if len(self.rows) else torch.zeros(0, 5)
 
     def report(self, names: Sequence[str]) -> dict[str, float]:
         """Metrics by name; the same number of collective calls on every rank, also on one with no prompts."""

@@ -1,7 +1,7 @@
 """Pictures of a run: what it learned over time, and how well the critic foresees the outcome.
 
-Every function takes plain numbers and returns a `matplotlib.figure.Figure`, without pyplot and its global state,
-so that they work in any thread and without a display.
+Every function takes plain numbers and returns a `matplotlib.figure.Figure`, without pyplot and its global
+state, so that they work in any thread and without a display.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def _sampled(validation: Mapping[str, Any]) -> dict[str, float]:
     return by_dataset(validation["metrics"], r"avg@\d+")
 
 
-def _series(
-    validations: Sequence[Mapping[str, Any]], name: str, divisor: float
-) -> tuple[list[float], list[float]]:
+def _series(validations: Sequence[Mapping[str, Any]], name: str, divisor: float) -> tuple[list[float], list[float]]:
     rows = [(row["seconds"] / divisor, _sampled(row)[name]) for row in validations if name in _sampled(row)]
     return [time for time, _ in rows], [rate for _, rate in rows]
 
@@ -177,13 +175,9 @@ def _draw_reliability(axes: Axes, values: NDArray, rewards: NDArray, bins: int) 
         count, mean = int(inside.sum()), rewards[inside].mean()
         centre, error = values[inside].mean(), rewards[inside].std() / np.sqrt(count)
         label = "mean of a bin ± standard error (count)" if index == place.min() else None
-        axes.errorbar(
-            centre, mean, yerr=error, fmt="o", color=RED, markersize=7, capsize=3, label=label, zorder=4
-        )
+        axes.errorbar(centre, mean, yerr=error, fmt="o", color=RED, markersize=7, capsize=3, label=label, zorder=4)
         side = -11 if mean > 0.9 else 9
-        axes.annotate(
-            f"{count}", (centre, mean), (8, side), textcoords="offset points", fontsize=8, va="center"
-        )
+        axes.annotate(f"{count}", (centre, mean), (8, side), textcoords="offset points", fontsize=8, va="center")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05))
     axes.set(xlabel="critic's V: predicted chance of success", ylabel="reward R of the response")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.93), framealpha=0.85)

@@ -30,8 +30,6 @@ class Meter:
         """The weighted means over all ranks, which must have met the same names in the same order."""
         if not self.totals:
             return {}
-        table = torch.stack(
-            [torch.stack(list(self.totals.values())), torch.stack(list(self.weights.values()))]
-        )
+        table = torch.stack([torch.stack(list(self.totals.values())), torch.stack(list(self.weights.values()))])
         totals, weights = strategy.reduce(table, reduce_op="sum")
         return {name: (totals[i] / weights[i].clamp(min=1e-12)).float() for i, name in enumerate(self.totals)}

@@ -91,7 +91,7 @@ class SPPOModule(PolicyModule):
         verdicts, rewards = ~rollouts.rewards.isnan(), rollouts.rewards.nan_to_num()
         with torch.no_grad():
             # V(s_p) = sigmoid(v): the critic reads the prompt and never the response
-            values = None if self.critic is None else self.critic(batch.prompts)[rollouts.prompt_index]
+            values = None if self.critic is None else self.value_logits(batch.prompts)[rollouts.prompt_index]
             # A = R − V, before this batch's updates, the same for every token, not whitened
             advantages = self.advantage(rollouts, rewards, values) + rollouts.shaping.nan_to_num()
         experience = Experience(rollouts, rewards, advantages, verdicts)
@@ -128,19 +128,13 @@ class SPPOModule(PolicyModule):
     def micro_batches(self, update: Experience) -> Iterator[MicroBatch]:
         """The rows of each backward, by the token budget; as many on every rank, for collectives to meet."""
         groups = micro_batches(update.lengths, self.micro_batch_tokens)
-        most = int(
-            self.trainer.strategy.reduce(torch.tensor(len(groups), device=self.device), reduce_op="max")
-        )
+        most = int(self.trainer.strategy.reduce(torch.tensor(len(groups), device=self.device), reduce_op="max"))
         for i in range(most):
-            index = (
-                groups[i] if i < len(groups) else [0]
-            )  # a rank that is done goes on with a row that is masked
+            index = groups[i] if i < len(groups) else [0]  # a rank that is done goes on with a row that is masked
             rows = update.rows(index)
             verdicts = rows.verdicts if i < len(groups) else torch.zeros_like(rows.verdicts)
             share = 1.0 / (most * self.trainer.world_size)
-            yield MicroBatch(
-                rows.rollouts, rows.rewards, rows.advantages, verdicts, index, share, i == most - 1
-            )
+            yield MicroBatch(rows.rollouts, rows.rewards, rows.advantages, verdicts, index, share, i == most - 1)
 
     def global_counts(self, update: Experience) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict of this mini-batch, over all ranks; at least 1 each."""
@@ -167,6 +161,15 @@ class SPPOModule(PolicyModule):
         for micro in self.micro_batches(update):
             log_probs[micro.index] = policy(micro.rollouts)[0]
         return log_probs
+
+    @torch.no_grad()
+    def value_logits(self, prompts: list[Prompt]) -> Tensor:
+        """The critic's logits `v`, `[N]`, without gradient, within the token budget."""
+        assert self.critic is not None
+        values = torch.zeros(len(prompts), device=self.device)
+        for index in micro_batches([len(ids) for ids in self.critic.encode(prompts)], self.micro_batch_tokens):
+            values[index] = self.critic([prompts[i] for i in index])
+        return values
 
     def value_loss(self, micro: MicroBatch, sequences: Tensor) -> Tensor:
         """The critic's loss on these prompts, as their share of the mini-batch's."""
@@ -199,8 +202,9 @@ class SPPOModule(PolicyModule):
             meter.add(f"policy/{name}", value, tokens)
         mask = micro.mask.bool()
         meter.add("policy/entropy", entropy[mask].mean(), tokens)
-        gap = (log_probs.detach() - micro.rollouts.sampled_log_probs).abs()[mask].mean()
-        meter.add("sampler/logprob_gap", gap, tokens)
+        if micro.rollouts.policy_version == self.trainer.global_step:  # the weights are still the sampler's
+            gap = (log_probs.detach() - micro.rollouts.sampled_log_probs).abs()[mask].mean()
+            meter.add("sampler/logprob_gap", gap, tokens)
 
     def log_iteration(self, meter: Meter, experience: Experience, values: Tensor | None) -> None:
         """Log the iteration's metrics over all ranks."""
@@ -208,7 +212,7 @@ class SPPOModule(PolicyModule):
         learned = experience.verdicts
         columns = [experience.rewards, experience.advantages, learned.float()]
         columns += [] if values is None else [values.sigmoid()]
-        table = self.all_gather(torch.stack(columns, dim=1)).reshape(-1, len(columns))
+        table = torch.as_tensor(self.all_gather(torch.stack(columns, dim=1))).reshape(-1, len(columns))
         table = table[table[:, 2] > 0]
         if not len(table):
             return
@@ -220,10 +224,9 @@ class SPPOModule(PolicyModule):
             self.log("critic/value_mean", table[:, 3].mean(), prog_bar=True)
             self.log_dict(critic_metrics(table[:, 3], rewards))
 
-    @torch.no_grad()
     def prompt_values(self, prompts: list[Prompt]) -> Tensor | None:
-        """The critic's chance of success for each prompt, `[N]`."""
-        return None if self.critic is None else self.critic(prompts).sigmoid()
+        """The critic's chance of success for each prompt, `[N]`, without gradient."""
+        return None if self.critic is None else self.value_logits(prompts).sigmoid()
 
     # ------------------------------------------------------------------ modules and their optimizer
 
@@ -245,9 +248,7 @@ class SPPOModule(PolicyModule):
 
     def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
         """What is trained, by metric name, with its optimizer settings."""
-        modules: dict[str, tuple[nn.Module, GroupOptimizer]] = {
-            "policy": (self.policy, self.policy_optimizer)
-        }
+        modules: dict[str, tuple[nn.Module, GroupOptimizer]] = {"policy": (self.policy, self.policy_optimizer)}
         if self.critic is not None:
             modules["critic"] = (self.critic, self.critic_optimizer)
         return modules

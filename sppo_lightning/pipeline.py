@@ -58,9 +58,7 @@ _SUGGESTED = {
 }
 
 
-def check_requirements(
-    required: Iterable[str], before: Sequence[Any], callbacks: Sequence[Any], who: str
-) -> None:
+def check_requirements(required: Iterable[str], before: Sequence[Any], callbacks: Sequence[Any], who: str) -> None:
     """Raise `InputError` when something in `required` is not provided by the callbacks `before`.
 
     `callbacks` are all of the trainer's, to tell a misordered stage from a missing one; `who` needs them.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import PromptBatch, Rollouts

@@ -113,9 +113,7 @@ def test_group_of_equal_rewards_has_no_advantage_in_float32():
 
 def test_leave_one_out_advantage_by_hand():
     # 0 − (1 + 5)/2, 1 − (0 + 5)/2, 5 − (0 + 1)/2
-    assert_close(
-        math_of.leave_one_out_advantage(tensor(0.0, 1.0, 5.0), torch.tensor([2, 2, 2])), [-3.0, -1.5, 4.5]
-    )
+    assert_close(math_of.leave_one_out_advantage(tensor(0.0, 1.0, 5.0), torch.tensor([2, 2, 2])), [-3.0, -1.5, 4.5])
 
 
 @pytest.mark.parametrize("function", [math_of.group_advantage, math_of.leave_one_out_advantage])
@@ -156,9 +154,7 @@ def test_token_clip_by_hand(ratio, advantage, loss, grad):
 
 def test_token_clip_range_has_two_sides():
     ratios, advantages = logs([1.25, 0.6, 0.6]), tensor([1.0, -1.0, 1.0])
-    losses, _ = math_of.token_clip_objective(
-        ratios, torch.zeros(1, 3), advantages, torch.ones(1, 3), 0.3, 0.28
-    )
+    losses, _ = math_of.token_clip_objective(ratios, torch.zeros(1, 3), advantages, torch.ones(1, 3), 0.3, 0.28)
     assert_close(losses, [[-1.25, 0.7, -0.6]])
 
 
@@ -242,9 +238,7 @@ LOSSES = [[1.0, 2.0, 3.0], [10.0, 7.0, 7.0], [7.0, 7.0, 7.0]]
 MASK = [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]  # the last row is no sequence
 
 
-@pytest.mark.parametrize(
-    ("mode", "loss"), zip(AGGREGATIONS, (16 / 4, (6 + 10) / 2, (2 + 10) / 2), strict=True)
-)
+@pytest.mark.parametrize(("mode", "loss"), zip(AGGREGATIONS, (16 / 4, (6 + 10) / 2, (2 + 10) / 2), strict=True))
 def test_aggregate_by_hand(mode, loss):
     assert_close(math_of.aggregate(tensor(*LOSSES), tensor(*MASK), mode), loss, 2e-8)
     assert_close(math_of.aggregate(tensor(*LOSSES), tensor(*MASK), mode, denominator=torch.tensor(8)),

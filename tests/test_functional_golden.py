@@ -62,6 +62,4 @@ def test_agrees_with_the_authors_implementation(case):
     actual = golden_actual(case["name"], inputs, dict(case["options"]))
     assert case["expected"]
     for key, expected in case["expected"].items():
-        torch.testing.assert_close(
-            actual[key], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
-        )
+        torch.testing.assert_close(actual[key], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)

@@ -69,9 +69,7 @@ PER_SEQUENCE = {
     "critic_loss": lambda x, _: math_of.critic_loss(x["value_logits"], x["rewards"]),
     "group_advantage": lambda x, _: math_of.group_advantage(x["rewards"], GROUPS),
     "leave_one_out_advantage": lambda x, _: math_of.leave_one_out_advantage(x["rewards"], GROUPS),
-    "greedy_baseline_advantage": lambda x, _: math_of.greedy_baseline_advantage(
-        x["rewards"], x["advantages"]
-    ),
+    "greedy_baseline_advantage": lambda x, _: math_of.greedy_baseline_advantage(x["rewards"], x["advantages"]),
 }
 ALL = {**MASKED, **PER_SEQUENCE}
 
@@ -170,9 +168,9 @@ def test_stats_average_over_micro_batches_by_their_tokens(normalize):
         arguments = x["logp"][rows], x["old_logp"][rows]
         if normalize is None:
             return math_of.token_clip_objective(*arguments, x["token_advantages"][rows], MASK[rows])[1]
-        return math_of.sequence_clip_objective(
-            *arguments, x["advantages"][rows], MASK[rows], normalize=normalize
-        )[1]
+        return math_of.sequence_clip_objective(*arguments, x["advantages"][rows], MASK[rows], normalize=normalize)[
+            1
+        ]
 
     whole, parts = stats(slice(None)), [slice(1), slice(1, 3), slice(3, 4), slice(4, 5)]
     for key, value in whole.items():

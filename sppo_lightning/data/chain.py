@@ -47,9 +47,7 @@ class ChainTask(PromptSource):
         if not 1 <= max_operand <= 9:
             raise InputError(f"`max_operand`={max_operand} of ChainTask is no digit; use 1 to 9.")
         if size < 1 or not operations or min(self.shares) < 0 or sum(self.shares) <= 0:
-            raise InputError(
-                f"ChainTask with `size`={size} and `operations`={operations} has no prompts to draw."
-            )
+            raise InputError(f"ChainTask with `size`={size} and `operations`={operations} has no prompts to draw.")
 
     @property
     def origin(self) -> str:
@@ -68,7 +66,8 @@ class ChainTask(PromptSource):
                 if len(found) == self.size:
                     return list(found.values())
         raise InputError(
-            f"ChainTask found only {len(found)} distinct prompts for `size`={self.size}; lower it or add longer chains."
+            f"ChainTask found only {len(found)} distinct prompts for `size`={self.size}; lower it or add longer "
+            "chains."
         )
 
 
@@ -99,11 +98,7 @@ def _parse_range(text: str) -> tuple[int, int]:
     try:
         numbers = int(low), int(high or low)
     except ValueError:
-        raise InputError(
-            f"`operations` of ChainTask has the key {text!r}; write a range such as 2-5."
-        ) from None
+        raise InputError(f"`operations` of ChainTask has the key {text!r}; write a range such as 2-5.") from None
     if not 1 <= numbers[0] <= numbers[1] <= len(LABELS):
-        raise InputError(
-            f"`operations` of ChainTask has the range {text!r}; it must lie within 1-{len(LABELS)}."
-        )
+        raise InputError(f"`operations` of ChainTask has the range {text!r}; it must lie within 1-{len(LABELS)}.")
     return numbers

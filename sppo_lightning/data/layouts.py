@@ -242,9 +242,7 @@ def _demonstration(row: Row, layout: Layout) -> tuple[str | None, str | None]:
         value = reach(row, layout.demonstration)
         text = _last_answer(value)
         if text is None and value is not None:
-            raise RowError(
-                f"{layout.demonstration} is of type {type(value).__name__} without an answer's text"
-            )
+            raise RowError(f"{layout.demonstration} is of type {type(value).__name__} without an answer's text")
         return layout.demonstration, text
     for column in _DEMONSTRATIONS:
         # a column that only happens to have the name, of another type, is metadata

@@ -65,9 +65,7 @@ class PromptLoader:
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
-        return (
-            len(self.prompts) // self.batch_size if self.train else -(-len(self.prompts) // self.batch_size)
-        )
+        return len(self.prompts) // self.batch_size if self.train else -(-len(self.prompts) // self.batch_size)
 
     def __iter__(self) -> Iterator[PromptBatch]:
         # the body of a generator starts at its first `next`: Lightning makes iterators it never draws from

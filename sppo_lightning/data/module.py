@@ -124,9 +124,7 @@ class PromptDataModule(LightningDataModule):
 
     def _build_train_loader(self, prompt_format: PromptFormat) -> PromptLoader:
         if self.train is None:
-            raise InputError(
-                "`data.train` is not set, so there is nothing to fit; give it a path or a source."
-            )
+            raise InputError("`data.train` is not set, so there is nothing to fit; give it a path or a source.")
         prompts = self._load("train", self.train, prompt_format)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         # `overfit_batches` means the same batches in every epoch

@@ -97,10 +97,11 @@ class HFEngine(Engine):
         cache = DynamicCache(config=self.policy.model.config)
         wave, hidden = self._prefill(batch, chosen, sampling, cache)
         unfinished = torch.ones(len(wave.rows), dtype=torch.bool, device=device)
+        token = wave.rows  # replaced by the first step's choice before it is read
         for step in range(sampling.max_new_tokens):
             if step:
                 hidden = model(
-                    input_ids=token[:, None],  # noqa: F821 (set by the step before)
+                    input_ids=token[:, None],
                     attention_mask=wave.mask,
                     position_ids=wave.mask.sum(1, keepdim=True) - 1,
                     past_key_values=cache,

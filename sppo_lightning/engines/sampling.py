@@ -42,9 +42,7 @@ class Sampling:
         ]
         for name, value, good, allowed in checks:
             if not good:
-                raise InputError(
-                    f"`{name}`={value} of the sampling settings cannot be used; it must be {allowed}."
-                )
+                raise InputError(f"`{name}`={value} of the sampling settings cannot be used; it must be {allowed}.")
 
 
 def run_seed() -> int:
@@ -93,9 +91,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
         log_probs = logits.log_softmax(dim=-1)
         tokens = logits.argmax(dim=-1)
     else:
-        log_probs = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(
-            dim=-1
-        )
+        log_probs = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(dim=-1)
         cumulative = log_probs.exp().cumsum(dim=-1)
         # scaled by the sum as rounded, and strictly below it, so no token of probability zero is ever drawn
         target = uniforms.clamp(max=1 - 1e-6) * cumulative[:, -1]

@@ -105,9 +105,7 @@ class PromptCritic(nn.Module):
         """
         rows = self.encode(prompts)
         lengths = torch.tensor([len(row) for row in rows], device=self.model.device)
-        ids = torch.full(
-            (len(rows), int(lengths.max())), self.tokenizer.pad_token_id, device=self.model.device
-        )
+        ids = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_token_id, device=self.model.device)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row, device=self.model.device)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, L, H]

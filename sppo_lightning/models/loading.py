@@ -69,9 +69,7 @@ def load_model(
         settings = dict(config)
         model_type = settings.pop("model_type", None)
         if model_type is None:
-            raise InputError(
-                f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2."
-            )
+            raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
         try:
             built = AutoConfig.for_model(model_type, **settings, **_head_options(options))
         except ValueError as error:

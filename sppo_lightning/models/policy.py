@@ -122,9 +122,7 @@ class CausalLMPolicy(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         """Compare our logits with the model's own on three tokens: a model may treat them in a way of its own."""
-        ids = (
-            torch.tensor([[1, 2, 3]], device=self.device) % self.model.get_output_embeddings().weight.shape[0]
-        )
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.get_output_embeddings().weight.shape[0]
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
         ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
         if not torch.allclose(ours, expected, atol=1e-3, rtol=1e-3):

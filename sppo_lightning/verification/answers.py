@@ -139,9 +139,7 @@ ft foot feet | yd yard | mi mile | g gram | kg kilogram | lb pound | s sec secon
 day | week | month | year | degree | radian rad | dollar | cent | mph | unit
 """
 _UNITS = {name: group.split()[0] for group in re.split(r"[|\n]", _UNIT_NAMES) for name in group.split()}
-_FACTORS = re.compile(
-    r"\b(?:percent|hundred|thousand|million|billion|trillion|dozen|pair)s?\b", re.IGNORECASE
-)
+_FACTORS = re.compile(r"\b(?:percent|hundred|thousand|million|billion|trillion|dozen|pair)s?\b", re.IGNORECASE)
 _UNIT = re.compile(
     r"""(?P<value>[^ ]+?(?:[ ][0-9./]+)?)(?:
       \\(?:text|textrm|mathrm|mbox)\{(?P<text>[A-Za-z. ]+)\}

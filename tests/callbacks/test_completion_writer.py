@@ -83,9 +83,7 @@ def predict(path: Path, *batches: list[str], unsure: Verifier | None = None, **s
     trainer.predict(Toy(), DataLoader(Batches(*batches), batch_size=None), return_predictions=False)
 
 
-def row(
-    text: str, number: int, response: str, reason: str, score: float, unsure: float | None
-) -> dict[str, Any]:
+def row(text: str, number: int, response: str, reason: str, score: float, unsure: float | None) -> dict[str, Any]:
     return {
         "dataset": "letters",
         "row": number,

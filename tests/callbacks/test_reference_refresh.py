@@ -10,9 +10,7 @@ from sppo_lightning.errors import InputError
 
 def test_reference_refresh_follows_updates(tmp_path: Path):
     batches = [["a"]] * 6
-    module, trainer = fit(
-        ReferenceRefresh(every_n_updates=10, mix=0.5), batches=batches, module=Toy(updates=4)
-    )
+    module, trainer = fit(ReferenceRefresh(every_n_updates=10, mix=0.5), batches=batches, module=Toy(updates=4))
     # 4, 8, 12, 16, 20, 24 updates: the multiple of 10 is passed at 12 and reached at 20
     assert module.refreshed_at == [(12, 0.5), (20, 0.5)]
 

@@ -88,9 +88,7 @@ def loader(*batches: list[str]) -> DataLoader[PromptBatch]:
 def trainer_of(*callbacks: Any, **settings: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
     settings = (
-        {"max_epochs": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0, "devices": 1}
-        | quiet
-        | settings
+        {"max_epochs": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0, "devices": 1} | quiet | settings
     )
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **settings)
 

@@ -129,9 +129,7 @@ def test_over_long_prompts_are_left_out_after_templating_and_counted(
         ) in caplog.messages
     with pytest.raises(InputError) as caught:
         trainer.validate(module, PromptDataModule(validation={"words": files.train}, max_prompt_tokens=2))
-    assert (
-        str(caught.value) == f"`max_prompt_tokens`=2 leaves none of the 6 prompts of {files.train}; raise it."
-    )
+    assert str(caught.value) == f"`max_prompt_tokens`=2 leaves none of the 6 prompts of {files.train}; raise it."
 
 
 def test_the_format_reaches_the_prompts(trainer, chat_tokenizer, files):
@@ -176,9 +174,7 @@ def test_settings_that_cannot_be_are_refused(settings, sentence):
 def test_missing_sets_are_refused(trainer, tokenizer, files):
     with pytest.raises(InputError, match="`data.train` is not set, so there is nothing to fit"):
         trainer.fit(Reader(tokenizer), PromptDataModule(validation={"small": files.small}))
-    with pytest.raises(
-        InputError, match="`data` has no set for validate; give `validation` at least one, by name"
-    ):
+    with pytest.raises(InputError, match="`data` has no set for validate; give `validation` at least one, by name"):
         trainer.validate(Reader(tokenizer), PromptDataModule(files.train))
     with pytest.raises(InputError, match="cannot have a set named train"):
         trainer.validate(Reader(tokenizer), PromptDataModule(validation={"train": files.small}))
@@ -242,9 +238,7 @@ def test_a_typo_in_a_nested_source_is_an_error(tmp_path, config, files, capsys):
 @pytest.mark.skipif(not DATA.exists(), reason="the real data sets are not beside this repository")
 def test_real_data_sets(trainer, chat_tokenizer):
     validation = {name: str(DATA / f"{name}.parquet") for name in ("math500", "aime25")}
-    data = PromptDataModule(
-        str(DATA / "dapo-math-17k.parquet"), validation, shuffle=False, max_prompt_tokens=2048
-    )
+    data = PromptDataModule(str(DATA / "dapo-math-17k.parquet"), validation, shuffle=False, max_prompt_tokens=2048)
     trainer.limit_train_batches = trainer.limit_val_batches = 1
     module = Reader(chat_tokenizer)
     trainer.fit(module, data)

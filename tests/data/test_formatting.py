@@ -71,9 +71,7 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused(make_tokenizer):
 
 
 def test_what_the_chat_template_refuses_is_a_bad_row(make_tokenizer):
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}ok"
-    )
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}ok"
     prompt_format = PromptFormat(make_tokenizer(template))
     assert prompt_format.render((USER,))[0] == "ok"
     with pytest.raises(RowError, match=r"the chat template refuses the messages \(no system turn, please\)"):

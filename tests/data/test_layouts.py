@@ -80,9 +80,7 @@ def test_a_partial_mapping_keeps_the_other_columns_of_a_layout():
     assert (record.gold, record.demonstration) == ("42", "six sevens")
     # an answer that is mapped is read as it is, without the marker of gsm8k
     assert (
-        read_one(
-            {"question": "6 x 7?", "label": "42"}, columns={"prompt": "question", "answer": "label"}
-        ).gold
+        read_one({"question": "6 x 7?", "label": "42"}, columns={"prompt": "question", "answer": "label"}).gold
         == "42"
     )
 
@@ -166,9 +164,7 @@ def test_a_mapped_demonstration_must_be_one():
 
 
 def test_bad_rows_are_counted_and_the_first_five_named():
-    rows = [{"prompt": "x", "answer": None if i % 2 else "1"} for i in range(14)] + [
-        {"prompt": "", "answer": "1"}
-    ]
+    rows = [{"prompt": "x", "answer": None if i % 2 else "1"} for i in range(14)] + [{"prompt": "", "answer": "1"}]
     records, bad = read_source(Rows(rows))
     assert [record.row for record in records] == [0, 2, 4, 6, 8, 10, 12]
     assert bad.summary() == (
@@ -232,7 +228,5 @@ def test_a_layout_that_does_not_fit_is_one_sentence(row, layout, columns, senten
 
 def test_empty_data_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(
-        InputError, match=r"empty.jsonl holds no rows; give a source with at least one prompt\."
-    ):
+    with pytest.raises(InputError, match=r"empty.jsonl holds no rows; give a source with at least one prompt\."):
         read_source(PromptFile(str(tmp_path / "empty.jsonl")))

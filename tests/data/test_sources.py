@@ -44,9 +44,7 @@ def test_json_lines_are_read_under_the_ending_json(tmp_path):
 
 def test_limit_takes_the_first_rows(tmp_path):
     assert list(PromptFile(write(tmp_path, "rows.csv"), limit=1).rows()) == ROWS[:1]
-    with pytest.raises(
-        InputError, match=r"`limit`=0 of rows.csv leaves no row; use 1 or more, or leave it out\."
-    ):
+    with pytest.raises(InputError, match=r"`limit`=0 of rows.csv leaves no row; use 1 or more, or leave it out\."):
         PromptFile("rows.csv", limit=0)
 
 
@@ -79,13 +77,9 @@ def test_a_single_file_is_a_train_split(tmp_path):
 def test_a_missing_file_names_the_nearest_one(tmp_path):
     write(tmp_path, "train.parquet")
     write(tmp_path, "validation.parquet")
-    with pytest.raises(
-        InputError, match=r"trian.parquet does not exist in .*, the nearest is train\.parquet\.$"
-    ):
+    with pytest.raises(InputError, match=r"trian.parquet does not exist in .*, the nearest is train\.parquet\.$"):
         PromptFile(str(tmp_path / "trian.parquet")).rows()
-    with pytest.raises(
-        InputError, match=r"does not exist in .*, which has train.parquet, validation.parquet\.$"
-    ):
+    with pytest.raises(InputError, match=r"does not exist in .*, which has train.parquet, validation.parquet\.$"):
         PromptFile(str(tmp_path / "x.csv")).rows()
     with pytest.raises(InputError, match=r"there is no such folder in "):
         PromptFile(str(tmp_path / "nowhere" / "deep" / "train.parquet")).rows()
@@ -105,14 +99,10 @@ def test_an_unreadable_file_says_where(tmp_path):
     with pytest.raises(InputError, match=r"bad.parquet cannot be read as .parquet: .*magic bytes not found"):
         list(PromptFile(str(tmp_path / "bad.parquet")).rows())
     (tmp_path / "rows.txt").write_text("one")
-    with pytest.raises(
-        InputError, match=r"ending that is not read; use one of .parquet, .jsonl, .json, .csv\."
-    ):
+    with pytest.raises(InputError, match=r"ending that is not read; use one of .parquet, .jsonl, .json, .csv\."):
         list(PromptFile(str(tmp_path / "rows.txt")).rows())
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(
-        InputError, match=r"empty.csv cannot be read as .csv: No columns to parse from file\."
-    ):
+    with pytest.raises(InputError, match=r"empty.csv cannot be read as .csv: No columns to parse from file\."):
         list(PromptFile(str(tmp_path / "empty.csv")).rows())
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(InputError, match=r"latin.jsonl cannot be read as .jsonl: 'utf-8' codec"):

@@ -191,9 +191,7 @@ def test_default_chunks_fit_the_budget(monkeypatch):
     assert seen == [1] * 7
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("temperature", 0.0), ("temperature", math.nan), ("chunk_size", 0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("temperature", math.nan), ("chunk_size", 0)])
 def test_settings_that_cannot_be_are_named(name, value):
     hidden, weight, _, targets = make_inputs()
     with pytest.raises(ValueError, match="is not above 0") as error:
