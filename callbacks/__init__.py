@@ -3,17 +3,25 @@
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.hf_export import HFExport
+from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.math_verifier import MathVerifier
+from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
+from sppo_lightning.callbacks.run_summary import RunSummary
+from sppo_lightning.callbacks.sample_log import SampleLog
 from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
     "CompletionWriter",
     "ExactMatch",
     "HFExport",
+    "InitialValidation",
     "MathVerifier",
     "ReferenceRefresh",
+    "RichProgress",
     "RolloutGeneration",
+    "RunSummary",
+    "SampleLog",
     "Verifier",
 ]

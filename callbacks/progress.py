@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn
 from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
 from rich.progress import ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from sppo_lightning.errors import InputError
@@ -66,8 +67,8 @@ def forecast(
 class RichProgress(RichProgressBar):
     """One bar over the whole run in a terminal, plain lines elsewhere, and a line after each validation.
 
-    Shows the iteration, time elapsed and left (by `max_steps`, `max_epochs` or `max_time`, whichever comes
-    first), reward, the critic's mean V, sampled tokens per second, loss and the last validation's accuracy.
+    Shows the iteration, time elapsed < left (by `max_steps`, `max_epochs` or `max_time`, whichever comes first),
+    reward, the critic's mean V, the last validation's accuracy, sampled tokens per second and the loss.
 
     Args:
         plain_every_n_iterations: Iterations from one plain line to the next.
@@ -85,26 +86,21 @@ class RichProgress(RichProgressBar):
             )
         self.plain_every_n_iterations = plain_every_n_iterations
         self.plain = plain
-        self.theme.metrics_text_delimiter = "  "
-        self.theme.metrics = ""
         self._prints = False  # plain lines, on this rank
         self._start: float | None = None
         self._first = (0, 0)  # iterations and updates done when this process began to train
         self._pace_start = 0.0
         self._validation_start = 0.0
         self._accuracy: float | None = None
+        # what the bar's thread reads, which may not ask the trainer
+        self._done, self._end, self._numbers = 0, Forecast(), ""
 
     # ------------------------------------------------------------------ what is shown
 
     @property
-    def iteration(self) -> int:
-        """Iterations done, those before a resume included."""
-        return self.trainer.fit_loop.total_batch_idx + 1
-
-    @property
     def total_train_batches(self) -> float:
         """Iterations of the whole run, as far as it is known."""
-        return self.forecast().iterations
+        return self._end.iterations
 
     @property
     def validation_description(self) -> str:
@@ -113,42 +109,41 @@ class RichProgress(RichProgressBar):
 
     def forecast(self) -> Forecast:
         """The end of this run, by the limits of its trainer."""
-        trainer, done = self.trainer, self.iteration - self._first[0]
+        trainer, done = self.trainer, self._done - self._first[0]
         limit = math.inf
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             limit = trainer.max_epochs * trainer.num_training_batches
         updates = trainer.global_step - self._first[1]
         if trainer.max_steps >= 0 and updates > 0:
             per_iteration = updates / done
-            limit = min(
-                limit, self.iteration + math.ceil((trainer.max_steps - trainer.global_step) / per_iteration)
-            )
+            left = math.ceil((trainer.max_steps - trainer.global_step) / per_iteration)
+            limit = min(limit, self._done + left)
         timers = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
         return forecast(
-            self.iteration,
+            self._done,
             seconds_per_iteration=(time.perf_counter() - self._pace_start) / done if done > 0 else None,
             limit=limit,
             seconds_left=min((left for left in timers if left is not None), default=None),
         )
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The few numbers that fit beside the bar, the most telling first."""
-        metrics = compact(trainer.callback_metrics)
-        return metrics if self._accuracy is None else {**metrics, "val": f"{self._accuracy:.2f}"}
+        """Nothing, for Lightning's own column, which takes more room than there is."""
+        return {}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        """Name, bar, iterations and time; Lightning adds the metrics."""
+        """Name, bar, iterations, time and numbers: 100 characters together."""
         theme = self.theme
         return [
             TextColumn("{task.description}"),
             CustomBarColumn(
-                bar_width=14,
+                bar_width=10,
                 complete_style=theme.progress_bar,
                 finished_style=theme.progress_bar_finished,
                 pulse_style=theme.progress_bar_pulse,
             ),
-            _CountColumn(self),
-            _TimeColumn(self),
+            _RunColumn(self, self._count, lambda task: f"{task.completed:.0f}/{task.total:.0f}"),
+            _RunColumn(self, self._times, lambda task: clock(task.elapsed or 0.0)),
+            _RunColumn(self, lambda: self._numbers),
         ]
 
     # ------------------------------------------------------------------ when it is shown
@@ -165,7 +160,9 @@ class RichProgress(RichProgressBar):
         """Start the clocks."""
         super().on_train_start(trainer, pl_module)
         self._start = self._start or time.perf_counter()
-        self._first = (self.iteration, trainer.global_step)
+        self._done = trainer.fit_loop.total_batch_idx + 1  # more than 0 after a resume
+        self._first = (self._done, trainer.global_step)
+        self._end = self.forecast()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the bar of the run with its first epoch."""
@@ -183,14 +180,15 @@ class RichProgress(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar, or print a line every so often."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.total_batch_idx)
+        self._done = trainer.fit_loop.total_batch_idx + 1
+        self._end = self.forecast()
+        self._numbers = numbers(trainer.callback_metrics, self._accuracy)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, self._done - 1)
         if self.progress is not None and self.train_progress_bar_id is not None:
-            self.progress.update(self.train_progress_bar_id, total=self.total_train_batches)
-        due = self.iteration % self.plain_every_n_iterations == 0 or self.iteration == self._first[0] + 1
-        if self._prints and due:
-            end = self.forecast()
-            numbers = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
-            print(f"iteration {self.iteration}/{end}  {self._times(end)}  {numbers}", flush=True)
+            self.progress.update(self.train_progress_bar_id, total=self._end.iterations)
+        due = self._done % self.plain_every_n_iterations == 0
+        if self._prints and (due or self._done in (self._first[0] + 1, self._end.iterations)):
+            print("  ".join([f"iteration {self._count()}", self._times(), self._numbers]), flush=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note when the validation began."""
@@ -206,17 +204,23 @@ class RichProgress(RichProgressBar):
         super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        when = f" at iteration {self.iteration}" if trainer.state.fn == TrainerFn.FITTING else ""
+        when = f" at iteration {self._done}" if trainer.state.fn == TrainerFn.FITTING else ""
         seconds = time.perf_counter() - self._validation_start
-        line = f"validation{when} ({seconds:.1f} s)  {validation_line(metrics)}"
+        line = f"validation{when}, {seconds:.1f} s, {validation_line(metrics)}"
         if self._prints:
             print(line, flush=True)
         elif self.progress is not None:
             self.progress.console.print(line, markup=False, highlight=False)
 
-    def _times(self, end: Forecast) -> str:
+    def _count(self) -> str:
+        return f"{self._done}/{self._end}"
+
+    def _times(self) -> str:
         elapsed = clock(0.0 if self._start is None else time.perf_counter() - self._start)
-        return elapsed if end.seconds_left is None else f"{elapsed}, {clock(end.seconds_left)} left"
+        return elapsed if self._end.seconds_left is None else f"{elapsed}<{clock(self._end.seconds_left)}"
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'train':{len(self.validation_description)}}"
 
 
 def _is_live() -> bool:
@@ -236,31 +240,35 @@ def thousands(number: float) -> str:
     return f"{number:.0f}"
 
 
-_SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {  # by metric: label and spelling
-    "reward/mean": ("reward", "{:.2f}".format),
-    "critic/value_mean": ("V", "{:.2f}".format),
-    "rollout/tokens_per_second": ("tok/s", thousands),
-    "policy/loss": ("loss", "{:.3f}".format),
-    "sft/loss": ("loss", "{:.3f}".format),
+_SHOWN: dict[str, Callable[[float], str]] = {  # by metric, the most telling first
+    "reward/mean": "reward {:.2f}".format,
+    "critic/value_mean": "V {:.2f}".format,
+    "val": "val {:.2f}".format,
+    "rollout/tokens_per_second": lambda speed: f"{thousands(speed)} tok/s",
+    "policy/loss": "loss {:.2f}".format,
+    "sft/loss": "loss {:.2f}".format,
 }
 
 
-def compact(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Reward, V, tokens per second and loss in a few characters each, out of all that is logged."""
-    return {label: write(float(metrics[name])) for name, (label, write) in _SHOWN.items() if name in metrics}
+def numbers(metrics: Mapping[str, Any], accuracy: float | None = None) -> str:
+    """Reward, V, accuracy, tokens per second and loss, as far as they are known, in under 55 characters."""
+    known = {**metrics, **({} if accuracy is None else {"val": accuracy})}
+    return "  ".join(write(float(known[name])) for name, write in _SHOWN.items() if name in known)
 
 
 def validation_line(metrics: Mapping[str, Any]) -> str:
     """Sampled accuracy per data set, greedy accuracy in brackets, and the critic's correlation."""
     sampled, greedy = by_dataset(metrics, r"avg@\d+"), by_dataset(metrics, "greedy")
-    names = [name for name in dict.fromkeys([*sampled, *greedy]) if name != "all" or len(sampled) > 2]
+    names = list(dict.fromkeys([*sampled, *greedy]))
+    if len(names) == 2:  # "all" and the only data set are the same
+        names.remove("all")
     parts = []
     for name in names:
         rate = f"{sampled[name]:.3f}" if name in sampled else "–"
-        parts.append(f"{name} {rate}" + (f" (greedy {greedy[name]:.3f})" if name in greedy else ""))
-    if "all" in (foresight := by_dataset(metrics, "critic_pearson")):
-        parts.append(f"V against pass rate: r {foresight['all']:.2f}")
-    return "  ".join(parts) or "no response with a verdict"
+        parts.append(f"{name} {rate}" + (f" ({greedy[name]:.3f})" if name in greedy else ""))
+    if foresight := by_dataset(metrics, "critic_pearson"):
+        parts.append(f"V's r {foresight['all']:.2f}")
+    return f"sampled{' (greedy)' if greedy else ''}: " + ("  ".join(parts) or "no response with a verdict")
 
 
 def clock(seconds: float) -> str:
@@ -270,29 +278,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _CountColumn(ProgressColumn):
-    """`12/200`; `12/~200` where the total is an estimate."""
+class _RunColumn(ProgressColumn):
+    """A piece of text about the run beside its bar, and something else, if anything, beside the others."""
 
-    def __init__(self, bar: RichProgress) -> None:
-        self.bar = bar
-        super().__init__()
-
-    def render(self, task: Task) -> Text:
-        if task.id == self.bar.train_progress_bar_id:
-            return Text(f"{int(task.completed)}/{self.bar.forecast()}")
-        return Text(f"{int(task.completed)}/{task.total or 0:.0f}")
-
-
-class _TimeColumn(ProgressColumn):
-    """`1:12, 12:30 left` for the run, the time elapsed for everything else."""
-
-    max_refresh = 0.5
-
-    def __init__(self, bar: RichProgress) -> None:
-        self.bar = bar
-        super().__init__()
+    def __init__(
+        self, bar: RichProgress, run: Callable[[], str], other: Callable[[Task], str] = lambda task: ""
+    ) -> None:
+        self.bar, self.run, self.other = bar, run, other
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
 
     def render(self, task: Task) -> Text:
-        if task.id == self.bar.train_progress_bar_id:
-            return Text(self.bar._times(self.bar.forecast()), style="dim")
-        return Text(clock(task.elapsed or 0.0), style="dim")
+        return Text(self.run() if task.id == self.bar.train_progress_bar_id else self.other(task))

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
 from sppo_lightning.batch import PromptBatch
+from sppo_lightning.callbacks.initial_validation import validate_in_fit
 from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.figures import learning_curve
 
@@ -36,11 +37,14 @@ class RunSummary(Callback):
     Args:
         path: Folder of the two files; made where it is missing.
         title: Title of the figure and the table; the folder's name where none is given.
+        final_validation: Validate once more when training ends, where the last iteration was not validated, so
+            that `after` is the model that the run ends with.
     """
 
-    def __init__(self, path: str = "runs/summary", title: str | None = None) -> None:
+    def __init__(self, path: str = "runs/summary", title: str | None = None, final_validation: bool = True) -> None:
         self.path = Path(path)
         self.title = title or self.path.name
+        self.final_validation = final_validation
         self.curve: list[dict[str, Any]] = []  # one row per iteration
         self.validations: list[dict[str, Any]] = []  # one row per validation
         self.updates = 0
@@ -92,6 +96,12 @@ class RunSummary(Callback):
             row["value"] = _number(metrics.get("critic/value_mean"))
             row["response_tokens"] = rollouts and float(rollouts.response_mask.sum()) / max(len(rollouts), 1)
         self.curve.append(row)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the model that the run ends with."""
+        measured = self.validations and self.validations[-1]["iteration"] == len(self.curve)
+        if self.final_validation and not measured:
+            validate_in_fit(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files and print the table."""
