@@ -101,9 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="response tokens")
     parser.add_argument("--vocabulary", type=int, default=151_936, help="tokens in the vocabulary (Qwen2.5)")
-    parser.add_argument(
-        "--hidden", type=int, nargs="+", default=[64, 896], help="hidden sizes (896: Qwen2.5-0.5B)"
-    )
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 896], help="hidden sizes (896: Qwen2.5-0.5B)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/log_prob_memory.json"))
     parser.add_argument("--measure", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
