@@ -90,7 +90,6 @@ class RichProgress(RichProgressBar):
         self._start: float | None = None
         self._first = (0, 0)  # iterations and updates done when this process began to train
         self._pace_start = 0.0
-        self._validation_start = 0.0
         self._accuracy: float | None = None
         # what the bar's thread reads, which may not ask the trainer
         self._done, self._end, self._numbers = 0, Forecast(), ""
@@ -191,22 +190,21 @@ class RichProgress(RichProgressBar):
             print("  ".join([f"iteration {self._count()}", self._times(), self._numbers]), flush=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note when the validation began."""
+        """Start the clock, should a callback validate before `on_train_start` gets here."""
         super().on_validation_start(trainer, pl_module)
-        self._validation_start = time.perf_counter()
-        self._start = self._start or self._validation_start
+        self._start = self._start or time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracy on each validation set."""
         metrics = trainer.callback_metrics
         if not trainer.sanity_checking:
             self._accuracy = by_dataset(metrics, r"avg@\d+").get("all")
+            self._numbers = numbers(metrics, self._accuracy)
         super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         when = f" at iteration {self._done}" if trainer.state.fn == TrainerFn.FITTING else ""
-        seconds = time.perf_counter() - self._validation_start
-        line = f"validation{when}, {seconds:.1f} s, {validation_line(metrics)}"
+        line = f"validation{when}, {validation_line(metrics)}"
         if self._prints:
             print(line, flush=True)
         elif self.progress is not None:
@@ -264,8 +262,8 @@ def validation_line(metrics: Mapping[str, Any]) -> str:
         names.remove("all")
     parts = []
     for name in names:
-        rate = f"{sampled[name]:.3f}" if name in sampled else "–"
-        parts.append(f"{name} {rate}" + (f" ({greedy[name]:.3f})" if name in greedy else ""))
+        rate = f"{sampled[name]:.2f}" if name in sampled else "–"
+        parts.append(f"{name} {rate}" + (f" ({greedy[name]:.2f})" if name in greedy else ""))
     if foresight := by_dataset(metrics, "critic_pearson"):
         parts.append(f"V's r {foresight['all']:.2f}")
     return f"sampled{' (greedy)' if greedy else ''}: " + ("  ".join(parts) or "no response with a verdict")

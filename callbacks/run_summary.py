@@ -94,7 +94,8 @@ class RunSummary(Callback):
             rollouts = batch.rollouts
             row["reward"] = _number(metrics.get("reward/mean"))
             row["value"] = _number(metrics.get("critic/value_mean"))
-            row["response_tokens"] = rollouts and float(rollouts.response_mask.sum()) / max(len(rollouts), 1)
+            lengths = None if rollouts is None else rollouts.response_mask.sum(1)
+            row["response_tokens"] = None if lengths is None or not len(lengths) else float(lengths.mean())
         self.curve.append(row)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,49 @@
+# Two commands do everything: `make quickstart` and `make test`. Both may be run again at any time.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test slow lint wheel clean install
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   install, warm-start a tiny model, improve it with SPPO, show the result (about 6 minutes)"
+	@echo "make test         install and run the tests (about 4 minutes)"
+	@echo "make slow         the tests that take longer"
+	@echo "make lint         ruff and mypy"
+	@echo "make wheel        build the wheel and the source archive into dist/"
+
+quickstart: install
+	@echo "==> warm start, SPPO and its control on the embedded task"
+	$(RUN) benchmarks/quickstart.py
+
+test: install
+	@echo "==> tests"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow"
+
+slow: install
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+wheel: install
+	$(RUN) -m build --outdir dist .
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + "; sppo-lightning needs 3.11 or newer: make PYTHON=python3.11")'
+	@echo "==> environment in $(VENV)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || (echo "$(PYTHON) has no venv module; install it (Debian: python3-venv)."; exit 1)
+	@echo "==> installing torch, then the rest (some minutes the first time)"
+	@$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

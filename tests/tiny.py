@@ -1,0 +1,142 @@
+"""Real components at the smallest size: models of one layer, a pipeline whose responses and scores are given."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from sppo_lightning import SPPOModule
+from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.callbacks import Verifier
+from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.models import PromptCritic, TinyPolicy
+from sppo_lightning.models.tiny import word_tokenizer
+from sppo_lightning.pipeline import Stage
+
+WORDS = "0 1 2 3 4 5 6 7 8 9 + - = ; a b c d e f g h i j k l m n o p q r s t u"  # 38 ids with the special ones
+CRITIC_CONFIG = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.3,
+}
+
+
+class TinyCritic(PromptCritic):
+    """A critic with a vocabulary of its own, and a value head that is drawn at random unless `zero`."""
+
+    def __init__(self, zero: bool = False, words: str = " ".join(reversed(WORDS.split())), **settings: Any) -> None:
+        super().__init__(config=CRITIC_CONFIG | settings.pop("config", {}), **settings)
+        self.zero = zero
+        self.words = words
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return word_tokenizer(self.words.split())
+
+    def build(self) -> None:
+        fresh = self.model is None
+        super().build()
+        if fresh and not self.zero:
+            torch.nn.init.normal_(self.value_head.weight)
+
+
+def make_policy(seed: int = 0, **settings: Any) -> TinyPolicy:
+    """A policy of two layers, sharp enough that responses differ."""
+    torch.manual_seed(seed)
+    policy = TinyPolicy(WORDS, **{"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32} | settings)
+    policy.build()
+    for parameter in policy.parameters():
+        parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    return policy
+
+
+def make_critic(seed: int = 1, **settings: Any) -> TinyCritic:
+    torch.manual_seed(seed)
+    critic = TinyCritic(**settings)
+    critic.build()
+    return critic
+
+
+def make_batch(policy: TinyPolicy, texts: Sequence[str], gold: str = "5", first_row: int = 0) -> PromptBatch:
+    return PromptBatch(
+        prompts=[Prompt(text, gold, "sums", first_row + i) for i, text in enumerate(texts)],
+        token_ids=[policy.tokenizer(text)["input_ids"] for text in texts],
+        visits=[0] * len(texts),
+    )
+
+
+def loader(*batches: PromptBatch) -> DataLoader[PromptBatch]:
+    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+
+
+class Recites(Stage):
+    """Gives each prompt its responses from a table; sampled log-probabilities are all −1."""
+
+    provides = frozenset({"rollouts"})
+
+    def __init__(self, responses: Mapping[str, Sequence[str]], temperature: float = 1.0) -> None:
+        self.responses = responses
+        self.temperature = temperature
+
+    def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+        policy: Any = module.policy
+        index = [i for i, prompt in enumerate(batch.prompts) for _ in self.responses[prompt.text]]
+        texts = [text for prompt in batch.prompts for text in self.responses[prompt.text]]
+        ids = [policy.tokenizer(text)["input_ids"] for text in texts]
+        batch.rollouts = pack_rollouts(
+            batch,
+            index,
+            ids,
+            [[-1.0] * len(row) for row in ids],
+            ["stop" if text.endswith("<eos>") else "length" for text in texts],
+            policy=policy,
+            temperature=self.temperature,
+            version=trainer.global_step,
+        )
+
+
+class TableVerifier(Verifier):
+    """Scores a response by a table from (prompt, response) to score."""
+
+    def __init__(self, table: Mapping[tuple[str, str], float | None], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.table = table
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        return [self.table[p.text, r] for p, r in zip(prompts, responses, strict=True)]
+
+
+class RecordingSPPO(SPPOModule):
+    """Keeps the gradients of every update, as they were before clipping."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def step_optimizer(self, modules: Any) -> Any:
+        self.gradients.append(
+            {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+        )
+        return super().step_optimizer(modules)
+
+
+def make_trainer(*callbacks: Any, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(callbacks=list(callbacks), **defaults | settings)
