@@ -202,7 +202,7 @@ class RunSummary(Callback):
 
     def _write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_finite(self.summary()), indent=2, allow_nan=False)
+        text = json.dumps(_plain(self.summary()), indent=2, allow_nan=False)
         _replace(self.path / "summary.json", lambda path: path.write_text(text + "\n"))
         figure = learning_curve(self.curve, self.validations, title=self.title)
         _replace(self.path / "learning_curve.png", lambda path: figure.savefig(path, dpi=150, format="png"))
@@ -266,13 +266,15 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _finite(value: Any) -> Any:
-    """`value` with null for each number that JSON has no word for."""
+def _plain(value: Any) -> Any:
+    """`value` with six decimals, and null for each number that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,101 +1,101 @@
 from pathlib import Path
-from typing import Any
 
-import lightning
 import pytest
-from lightning.pytorch import Callback
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny_run import data, fit, rl_module, trainer_of
+from tiny_run import ByRow, Recorder, data, sppo, stages, trainer_of, weights
 
-from sppo_lightning.callbacks import InitialValidation
+from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.errors import InputError
 
 
-class Watches(Callback):
-    """Notes at which update validations ran, and the state that the first batch found."""
-
-    def __init__(self) -> None:
-        self.validated_at: list[int] = []
-        self.first: dict[str, Any] = {}
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self.validated_at.append(trainer.global_step)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if not self.first:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.first = {"training": trainer.training and pl_module.training, "metrics": metrics}
+def quarter() -> ByRow:
+    return ByRow(lambda row: float(row % 4 == 0))
 
 
-def validated(folder: Path) -> dict[str, float]:
-    """What `trainer.validate` says of the same weights."""
-    lightning.seed_everything(1, verbose=False)
-    return dict(trainer_of(folder).validate(rl_module(folder), data(), verbose=False)[0])
+def test_it_measures_what_validate_measures(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_of([*stages(), InitialValidation(), recorder], val_check_interval=100)
+    trainer.fit(sppo(tmp_path), datamodule=data())
+    assert len(recorder.validations) == 1
+
+    alone = trainer_of(stages())
+    [expected, *_] = alone.validate(sppo(tmp_path), datamodule=data(), verbose=False)
+    measured = {name: value for name, value in expected.items() if name.startswith("val/")}
+    assert {"val/all/avg@2", "val/easy/greedy", "val/all/critic_pearson"} <= set(measured)
+    assert recorder.validations[0] == pytest.approx(measured, abs=1e-7)
 
 
-def test_validates_before_the_first_update_as_validate_does(tmp_path: Path) -> None:
-    watches, logger = Watches(), CSVLogger(tmp_path, name="log", version=0)
-    fit(tmp_path, InitialValidation(), watches, logger=logger, max_epochs=1)
-    assert watches.validated_at == [0, 4, 8]  # 4 iterations of 2 updates, and every second one
-    assert watches.first["training"] is True
-    before = validated(tmp_path)
-    assert {k: v for k, v in watches.first["metrics"].items() if k.startswith("val/")} == pytest.approx(
-        {k: v for k, v in before.items() if k.startswith("val/")}, abs=1e-6
-    )
-    assert 0 < before["val/all/avg@2"] < 1
-    text = (tmp_path / "log/version_0/metrics.csv").read_text().splitlines()
-    columns = text[0].split(",")
-    place, step = columns.index("val/all/avg@2"), columns.index("step")
-    written = [(line.split(",")[step], line.split(",")[place]) for line in text[1:]]
-    found = [(s, float(v)) for s, v in written if v]
-    assert found[0] == ("0", pytest.approx(before["val/all/avg@2"], abs=1e-6))
-    assert len(found) == 3
+def test_its_metrics_reach_the_logger_before_the_first_update(tmp_path: Path) -> None:
+    recorder, logger = Recorder(), CSVLogger(tmp_path)
+    callbacks = [*stages(quarter()), InitialValidation(), recorder]
+    trainer_of(callbacks, logger=logger, val_check_interval=100).fit(sppo(tmp_path), datamodule=data())
+    header, first, *_ = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    row = dict(zip(header.split(","), first.split(","), strict=True))
+    assert float(row["val/all/avg@2"]) == 0.25
+    assert row["step"] == "0"
 
 
-def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
-    with_it = fit(tmp_path, InitialValidation()).lightning_module.state_dict()
-    without = fit(tmp_path).lightning_module.state_dict()
-    assert all((with_it[name] == weight).all() for name, weight in without.items())
+def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path: Path) -> None:
+    runs = {}
+    for name, extra in {"with": [InitialValidation()], "without": []}.items():
+        module = sppo(tmp_path)
+        trainer_of([*stages(), *extra], val_check_interval=2).fit(module, datamodule=data())
+        runs[name] = weights(module)
+    assert torch.equal(runs["with"], runs["without"])
 
 
 def test_a_resumed_run_goes_straight_on(tmp_path: Path) -> None:
-    checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fit(tmp_path, checkpoints, enable_checkpointing=True, limit_train_batches=4, max_steps=4)
-    watches = Watches()
-    fit(tmp_path, InitialValidation(min_pass_rate=1.0), watches, ckpt_path=tmp_path / "step=4.ckpt")
-    assert watches.validated_at == [8]
+    saver = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, save_last=True)
+    settings = {"val_check_interval": 100, "enable_checkpointing": True}
+    trainer_of([*stages(), InitialValidation(), saver], **settings, max_steps=4).fit(
+        sppo(tmp_path), datamodule=data()
+    )
+    recorder = Recorder()
+    trainer = trainer_of([*stages(), InitialValidation(min_pass_rate=1.0), recorder], **settings, max_steps=6)
+    trainer.fit(sppo(tmp_path), datamodule=data(), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert trainer.global_step == 6
+    assert recorder.validations == []
 
 
-def test_refuses_a_start_below_the_floor_with_the_measured_rate(tmp_path: Path) -> None:
-    rate = validated(tmp_path)["val/all/avg@2"]
-    watches = Watches()
-    with pytest.raises(InputError) as caught:
-        fit(tmp_path, InitialValidation(min_pass_rate=0.99), watches)
-    assert str(caught.value) == (
-        f"The policy starts with the sampled pass rate at {rate:.3f}, below `InitialValidation.min_pass_rate`=0.99, "
-        "so that reinforcement would find next to nothing to learn from; warm-start it longer and point "
+def test_the_gate_refuses_a_policy_below_the_floor_in_one_sentence(tmp_path: Path) -> None:
+    trainer = trainer_of([*stages(quarter()), InitialValidation(min_pass_rate=0.3)])
+    with pytest.raises(InputError) as refusal:
+        trainer.fit(sppo(tmp_path), datamodule=data())
+    assert str(refusal.value) == (
+        "The policy starts with the sampled pass rate at 0.250, below `InitialValidation.min_pass_rate`=0.3, so "
+        "that reinforcement would find next to nothing to learn from; warm-start it longer and point "
         "`model.policy.pretrained` to the result, or lower the floor."
     )
-    assert watches.first == {}
+    assert trainer.global_step == 0
 
 
-def test_the_floor_itself_is_enough_and_another_metric_can_be_the_gate(tmp_path: Path) -> None:
-    rates = validated(tmp_path)
-    floor = rates["val/short/avg@2"] - 1e-6
-    fit(tmp_path, InitialValidation(floor, metric="val/short/avg@2"), limit_train_batches=1, max_epochs=1)
-    with pytest.raises(InputError, match=r"starts with `val/short/avg@2` at 0\.\d+, below"):
-        fit(tmp_path, InitialValidation(floor + 1e-3, metric="val/short/avg@2"))
+@pytest.mark.parametrize("settings", [{}, {"metric": "val/hard/greedy"}])
+@pytest.mark.parametrize("names", [("hard",), ("easy", "hard")])
+def test_the_gate_lets_a_policy_at_the_floor_pass(
+    tmp_path: Path, names: tuple[str, ...], settings: dict[str, str]
+) -> None:
+    gate = InitialValidation(min_pass_rate=0.25, **settings)
+    trainer = trainer_of([*stages(quarter()), gate], max_steps=2, val_check_interval=100)
+    trainer.fit(sppo(tmp_path), datamodule=data(names))
+    assert trainer.global_step == 2
 
 
-def test_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"needs `val/short/avg@16` .* \(it gave .*val/short/avg@2.*set `metric`"):
-        fit(tmp_path, InitialValidation(0.5, metric="val/short/avg@16"))
-    with pytest.raises(InputError, match=r"needs the sampled pass rate .* \(it gave nothing\); give `data.validation`"):
-        trainer_of(tmp_path, InitialValidation(0.5), val_check_interval=None).fit(rl_module(tmp_path), data(sets=()))
+def test_the_gate_reads_the_metric_that_is_named(tmp_path: Path) -> None:
+    gate = InitialValidation(min_pass_rate=0.9, metric="val/easy/pass@2")
+    with pytest.raises(InputError, match=r"with `val/easy/pass@2` at 0\.250, below .*=0\.9"):
+        trainer_of([*stages(quarter()), gate]).fit(sppo(tmp_path), datamodule=data())
 
 
-@pytest.mark.parametrize("floor", [-0.1, 1.5, float("nan")])
-def test_a_floor_that_is_no_share_is_refused(floor: float) -> None:
-    with pytest.raises(InputError, match=r"`InitialValidation.min_pass_rate`=.* is no share of the responses"):
-        InitialValidation(floor)
+def test_a_gate_that_cannot_measure_says_so(tmp_path: Path) -> None:
+    gate = InitialValidation(min_pass_rate=0.5, metric="val/esay/avg@2")
+    with pytest.raises(InputError, match=r"needs `val/esay/avg@2` before .*val/easy/avg@2.* set `metric` to one"):
+        trainer_of([*stages(), gate]).fit(sppo(tmp_path), datamodule=data())
+    with pytest.raises(InputError, match=r"it gave nothing\); give `data.validation` a set"):
+        trainer_of([*stages(), InitialValidation(0.5)]).fit(sppo(tmp_path), datamodule=data(()))
+
+
+def test_a_floor_that_is_no_share_is_refused() -> None:
+    with pytest.raises(InputError, match=r"`InitialValidation.min_pass_rate`=20 is no share"):
+        InitialValidation(min_pass_rate=20)

@@ -1,98 +1,129 @@
-"""A whole run of a policy of one block and 16 channels: data, sampling, verifier, critic and trainer, all real."""
+"""A run that is real and takes a second: a policy of one layer, prompts of one word, answers of one word."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from sppo_lightning import SFTModule, SPPOModule
-from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import RolloutGeneration, Verifier
-from sppo_lightning.data import ChainTask, PromptDataModule
+from sppo_lightning.data import PromptDataModule, PromptSource
 from sppo_lightning.engines import Sampling
 from sppo_lightning.models import PromptCritic, TinyPolicy
-from sppo_lightning.models.tiny import word_tokenizer
+from sppo_lightning.module import SPPOModule
 from sppo_lightning.optim import GroupOptimizer
+from sppo_lightning.sft import SFTModule
 
-WORDS = r"0 1 2 3 4 5 6 7 8 9 +1 +2 +3 = ; \boxed{ } a b c d e f g h i j k l m n o p q r s t"
+WORDS = "a b c d e f g h"
 
 
-class FewDigits(Verifier):
-    """Share of words that are no digits: what random weights get neither all right nor all wrong."""
+class Words(PromptSource):
+    """`size` prompts of two words, `a` being right for each of them."""
+
+    origin = "Words"
+
+    def __init__(self, size: int, first: int = 0) -> None:
+        self.size, self.first = size, first
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        words = WORDS.split()
+        texts = [f"{words[i % 8]} {words[i // 8 % 8]}" for i in range(self.first, self.first + self.size)]
+        return [{"prompt": text, "answer": "a", "demonstration": "a"} for text in texts]
+
+
+class FirstWord(Verifier):
+    """Right where the response begins with the gold answer."""
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        words = [response.split() for response in responses]
-        return [sum(not word.isdigit() for word in row) / max(len(row), 1) for row in words]
+        return [float(r.split()[:1] == [p.gold]) for p, r in zip(prompts, responses, strict=True)]
+
+
+class ByRow(Verifier):
+    """A score that the prompt's row decides, whatever the response."""
+
+    def __init__(self, score_of: Callable[[int], float | None]) -> None:
+        super().__init__()
+        self.score_of = score_of
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        return [self.score_of(prompt.row) for prompt in prompts]
+
+
+class Recorder(Callback):
+    """What Lightning itself shows after each iteration and validation."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.iterations: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []
+        self.phases: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.iterations.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.phases.append(dict(pl_module.last_phase_seconds))  # type: ignore[arg-type]
+        if len(self.iterations) == self.stop_at:
+            raise RuntimeError("the machine went away")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        self.validations.append({k: float(v) for k, v in metrics.items() if k.startswith("val/")})
 
 
 def policy() -> TinyPolicy:
-    return TinyPolicy(WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
+    return TinyPolicy(WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, max_tokens=16)
 
 
-def rl_module(folder: Path, critic: bool = True, **settings: Any) -> SPPOModule:
-    """SPPO with two updates per iteration and, if wanted, a critic; without one the advantage is the reward."""
-    word_tokenizer(WORDS.split()).save_pretrained(folder / "tokenizer")
-    backbone = {"model_type": "qwen2", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    shape = {"num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}
-    settings = {
-        "policy_optimizer": GroupOptimizer(lr=1e-2),
-        "critic_optimizer": GroupOptimizer(lr=1e-2),
-        "mini_batch_size": 8,
-        **settings,
-    }
-    value = PromptCritic(tokenizer=str(folder / "tokenizer"), config={**backbone, **shape}) if critic else None
-    return SPPOModule(policy(), value, **settings)
-
-
-def sft_module() -> SFTModule:
-    return SFTModule(policy(), GroupOptimizer(lr=1e-2))
-
-
-def data(sets: tuple[str, ...] = ("short", "long"), demonstrations: bool = False) -> PromptDataModule:
-    """64 training prompts, 16 in an iteration; 8 prompts in each validation set."""
-    lengths = {"short": "1", "long": "3"}
-    validation: Any = {name: ChainTask({lengths[name]: 1}, 8, "validation") for name in sets}
-    train = ChainTask({"1-3": 1}, 64, demonstrations=demonstrations)
-    return PromptDataModule(train, validation, batch_size=16, validation_batch_size=8, seed=3)
-
-
-def stages() -> list[Any]:
-    sampling = Sampling(temperature=1.0, max_new_tokens=6)
-    twice = Sampling(temperature=1.0, max_new_tokens=6, samples_per_prompt=2)
-    return [RolloutGeneration(sampling, twice, validation_greedy=True), FewDigits()]
-
-
-def trainer_of(folder: Path, *callbacks: Any, **settings: Any) -> Trainer:
-    """A trainer with the stages, then `callbacks`; validates after every second iteration."""
-    settings = {
-        "max_epochs": 1,
-        "check_val_every_n_epoch": None,
-        "val_check_interval": 2,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        **settings,
-    }
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=[*stages(), *callbacks],
-        **settings,
+def sppo(folder: Path, learning_rate: float = 0.02) -> SPPOModule:
+    """With a critic whose tokenizer is saved in `folder`; two updates per iteration of 8 responses."""
+    seed_everything(3, verbose=False)
+    made = policy()
+    made.tokenizer.save_pretrained(folder)
+    config = {"model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    optimizer = GroupOptimizer(lr=learning_rate)
+    return SPPOModule(
+        made,
+        PromptCritic(tokenizer=str(folder), config=config | heads),
+        policy_optimizer=optimizer,
+        critic_optimizer=optimizer,
+        mini_batch_size=4,
     )
 
 
-def fit(
-    folder: Path, *callbacks: Any, module: PolicyModule | None = None, ckpt_path: Any = None, **settings: Any
-) -> Trainer:
-    """Train with the same seed whatever ran before."""
-    lightning.seed_everything(1, verbose=False)
-    trainer = trainer_of(folder, *callbacks, **settings)
-    module = rl_module(folder) if module is None else module
-    trainer.fit(module, data(demonstrations=isinstance(module, SFTModule)), ckpt_path=ckpt_path)
-    return trainer
+def sft() -> SFTModule:
+    seed_everything(3, verbose=False)
+    return SFTModule(policy(), GroupOptimizer(lr=0.02))
+
+
+def data(validation: tuple[str, ...] = ("easy", "hard"), size: int = 32) -> PromptDataModule:
+    """Batches of 8 prompts, and validation sets of 8 prompts each."""
+    sets: dict[str, str | PromptSource] = {name: Words(8, 32 + 8 * i) for i, name in enumerate(validation)}
+    return PromptDataModule(Words(size), sets, batch_size=8, validation_batch_size=8, seed=5)
+
+
+def stages(verifier: Verifier | None = None) -> list[Callback]:
+    training = Sampling(max_new_tokens=2)
+    validation = Sampling(max_new_tokens=2, samples_per_prompt=2)
+    return [RolloutGeneration(training, validation, validation_greedy=True), verifier or FirstWord()]
+
+
+def trainer_of(callbacks: list[Callback], **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": 1,
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": 1,
+    }
+    bar = {} if any("Progress" in type(c).__name__ for c in callbacks) else {"enable_progress_bar": False}
+    return Trainer(callbacks=callbacks, **(defaults | bar | settings))
+
+
+def weights(module: LightningModule) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
