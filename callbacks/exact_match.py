@@ -14,8 +14,8 @@ class ExactMatch(Verifier):
     r"""Scores 1.0 where the answer is the gold answer character by character, up to white space, else 0.0.
 
     Args:
-        extract: What the answer is: "boxed" for the content of the last `\boxed{…}`, "whole" for the
-        response. weight: Weight of this verifier's scores among the verifiers of the same role.
+        extract: What the answer is: "boxed" for the content of the last `\boxed{…}`, "whole" for the response.
+        weight: Weight of this verifier's scores among the verifiers of the same role.
         role: "outcome" for the reward, "shaping" for an addition to the advantage.
         name: Name in metrics and in `rollouts.scores`; `exact_match` where none is given.
         max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.

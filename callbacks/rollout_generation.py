@@ -54,8 +54,8 @@ class RolloutGeneration(Stage):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Log lengths, truncation and speed of this iteration's responses."""
-        assert batch.rollouts is not None
-        pl_module.log_dict(rollout_metrics(batch.rollouts, pl_module.last_phase_seconds["rollout"]))  # type: ignore
+        if batch.rollouts is not None:  # supervised learning samples nothing
+            pl_module.log_dict(rollout_metrics(batch.rollouts, pl_module.last_phase_seconds["rollout"]))  # type: ignore
 
 
 def rollout_metrics(rollouts: Rollouts, seconds: float) -> dict[str, float]:

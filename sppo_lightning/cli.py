@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,6 +34,7 @@ class SPPOCLI(LightningCLI):
             if threads < 1:
                 raise InputError(f"`threads`={threads} leaves no thread to compute with; use 1 or more.")
             torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()  # its bars for loading and saving break ours
         rank_zero_info(f"CPU threads: {torch.get_num_threads()}")
 
 

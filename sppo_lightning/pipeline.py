@@ -39,8 +39,10 @@ class Stage(Callback):
             seconds: dict[str, float] = module.phase_seconds  # type: ignore[assignment]
             seconds[self.phase] = seconds.get(self.phase, 0.0) + time.perf_counter() - start
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # noqa: D102
-        self._run(trainer, pl_module, batch)
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        """Run, unless the training step uses no stage at all, as in supervised learning."""
+        if getattr(pl_module, "needs_in_fit", True):
+            self._run(trainer, pl_module, batch)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
         self._run(trainer, pl_module, batch)
