@@ -143,15 +143,18 @@ class MicroBatch(Experience):
     last: bool  # whether it is the last of its mini-batch
 
 
-@dataclass
 class PromptBatch:
-    """The prompts of one iteration (or of one validation step) on this rank."""
+    """The prompts of one iteration (or of one validation step) on this rank.
 
-    prompts: list[Prompt]  # B; may be empty on a rank whose share of the last batch is empty
-    token_ids: list[list[int]]  # B unpadded prompts in the policy's tokenizer
-    visits: list[int]  # B, how often each prompt was drawn before; part of the sampling noise's key
-    rollouts: Rollouts | None = None  # set by RolloutGeneration
-    greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
+    No dataclass, because Lightning's precision plugins take those apart and fail on frozen ones such as `Prompt`.
+    """
+
+    def __init__(self, prompts: list[Prompt], token_ids: list[list[int]], visits: list[int]) -> None:
+        self.prompts = prompts  # B; may be empty on a rank whose share of the last batch is empty
+        self.token_ids = token_ids  # B unpadded prompts in the policy's tokenizer
+        self.visits = visits  # B, how often each prompt was drawn before; part of the sampling noise's key
+        self.rollouts: Rollouts | None = None  # set by RolloutGeneration
+        self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
 
     def __len__(self) -> int:
         return len(self.prompts)

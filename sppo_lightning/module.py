@@ -88,7 +88,8 @@ class SPPOModule(PolicyModule):
         rollouts = batch.rollouts
         assert rollouts is not None
         # R in [0, 1], by the verifiers; a response without a verdict teaches nothing
-        verdicts, rewards = ~rollouts.rewards.isnan(), rollouts.rewards.nan_to_num()
+        verdicts = ~(rollouts.rewards + rollouts.shaping).isnan()
+        rewards = rollouts.rewards.nan_to_num()
         with torch.no_grad():
             # V(s_p) = sigmoid(v): the critic reads the prompt and never the response
             values = None if self.critic is None else self.value_logits(batch.prompts)[rollouts.prompt_index]

@@ -1,12 +1,13 @@
 """SPPOModule and SFTModule against straightforward implementations of the same equations."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from tiny import RecordingSPPO, Recites, TableVerifier, loader, make_batch, make_critic, make_policy, make_trainer
+from tiny import Recites, RecordingSPPO, TableVerifier, loader, make_batch, make_critic, make_policy, make_trainer
 from torch import Tensor
 
 from sppo_lightning import SFTModule, SPPOModule
@@ -35,24 +36,33 @@ FAST = {
 
 
 def stages(cases: Any, temperature: float = 1.0, shaping: Any = None) -> list[Any]:
-    table = {(p, text.replace(" <eos>", "").replace("<eos>", "")): r for p, rows in cases.items() for text, r in rows}
+    table = {
+        (p, text.replace(" <eos>", "").replace("<eos>", "")): r for p, rows in cases.items() for text, r in rows
+    }
     found: list[Any] = [Recites({p: [text for text, _ in rows] for p, rows in cases.items()}, temperature)]
     found.append(TableVerifier(table))
     if shaping is not None:
-        found.append(TableVerifier({key: shaping[key[0]] for key in table}, name="shape", role="shaping", weight=0.5))
+        found.append(
+            TableVerifier({key: shaping[key[0]] for key in table}, name="shape", role="shaping", weight=0.5)
+        )
     return found
 
 
 def fit(module: SPPOModule, cases: Any, iterations: int = 1, temperature: float = 1.0, **settings: Any) -> Any:
     batches = [make_batch(module.policy, list(cases)) for _ in range(iterations)]  # type: ignore[arg-type]
     shaping = settings.pop("shaping", None)
-    trainer = make_trainer(*stages(cases, temperature, shaping), **settings)
+    # double precision, because AdamW's first step is a sign, which rounding errors of small gradients flip
+    trainer = make_trainer(*stages(cases, temperature, shaping), **{"precision": "64-true"} | settings)
     trainer.fit(module, loader(*batches))
     return trainer
 
 
-def run(cases: Any = CASES, temperature: float = 0.7, critic: bool = True, **settings: Any) -> tuple[RecordingSPPO, Any]:
-    trainer_settings = {k: settings.pop(k) for k in ("iterations", "shaping", "max_steps", "precision") if k in settings}
+def run(
+    cases: Any = CASES, temperature: float = 0.7, critic: bool = True, **settings: Any
+) -> tuple[RecordingSPPO, Any]:
+    trainer_settings = {
+        k: settings.pop(k) for k in ("iterations", "shaping", "max_steps", "precision") if k in settings
+    }
     module = RecordingSPPO(make_policy(), make_critic() if critic else None, **FAST | settings)
     return module, fit(module, cases, temperature=temperature, **trainer_settings)
 
@@ -60,8 +70,10 @@ def run(cases: Any = CASES, temperature: float = 0.7, critic: bool = True, **set
 class ByHand:
     """The design's table, one response at a time, without padding, chunks, groups or Lightning."""
 
-    def __init__(self, cases: Any = CASES, temperature: float = 0.7, shaping: Any = None, kl_coef: float = 0.0) -> None:
-        self.policy, self.critic = make_policy(), make_critic()
+    def __init__(
+        self, cases: Any = CASES, temperature: float = 0.7, shaping: Any = None, kl_coef: float = 0.0
+    ) -> None:
+        self.policy, self.critic = make_policy().double(), make_critic().double()
         self.reference = copy.deepcopy(self.policy)
         self.temperature, self.kl_coef = temperature, kl_coef
         self.optimizers = {
@@ -73,12 +85,15 @@ class ByHand:
             for text, reward in responses:
                 bonus = 0.0 if shaping is None else 0.5 * shaping[prompt]
                 self.rows.append({"prompt": prompt, "text": text, "R": reward, "shaping": bonus})
-        with torch.no_grad():
-            for row in self.rows:
-                row["V"] = torch.sigmoid(self.value(row["prompt"]))
-                row["old"] = self.log_probs(self.policy, row)
         self.losses: list[dict[str, float]] = []
         self.gradients: list[dict[str, Tensor]] = []
+        self.begin_iteration()
+
+    @torch.no_grad()
+    def begin_iteration(self) -> None:
+        for row in self.rows:
+            row["V"] = torch.sigmoid(self.value(row["prompt"]))
+            row["old"] = self.log_probs(self.policy, row)
 
     def value(self, prompt: str) -> Tensor:
         ids = torch.tensor([self.critic.tokenizer(prompt)["input_ids"]])
@@ -90,10 +105,9 @@ class ByHand:
         table = torch.log_softmax(logits, dim=-1)
         return torch.stack([table[len(prompt) - 1 + t, token] for t, token in enumerate(response)])
 
-    def update(self, chosen: list[int]) -> None:
-        rows = [self.rows[i] for i in chosen if self.rows[i]["R"] is not None]
+    def policy_losses(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         tokens = sum(len(row["old"]) for row in rows)
-        policy_loss, critic_loss, kl_loss = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        policy_loss, kl_loss = torch.zeros(2, dtype=torch.float64)
         for row in rows:
             advantage = row["R"] - row["V"] + row["shaping"]
             log_probs, reference = self.log_probs(self.policy, row), self.log_probs(self.reference, row).detach()
@@ -105,6 +119,13 @@ class ByHand:
                 policy_loss = policy_loss - term / tokens
                 delta = log_probs[t] - reference[t]
                 kl_loss = kl_loss + (torch.exp(-delta) + delta - 1) / tokens
+        return policy_loss, kl_loss
+
+    def update(self, chosen: list[int]) -> None:
+        rows = [self.rows[i] for i in chosen]
+        policy_loss, kl_loss = self.policy_losses(rows)
+        critic_loss = torch.zeros((), dtype=torch.float64)
+        for row in rows:
             v = self.value(row["prompt"])
             cross_entropy = -row["R"] * torch.nn.functional.logsigmoid(v)
             cross_entropy = cross_entropy - (1 - row["R"]) * torch.nn.functional.logsigmoid(-v)
@@ -126,7 +147,9 @@ class ByHand:
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float = 1e-6) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def weights(module: Any) -> dict[str, Tensor]:
@@ -164,7 +187,9 @@ def test_later_updates_compare_with_log_probs_frozen_before_the_first():
         expected.update([start, start + 1])
     assert len(module.gradients) == trainer.global_step == 4
     for ours, theirs in zip(module.gradients, expected.gradients, strict=True):
-        assert_equal(ours, theirs, atol=1e-5)
+        assert_equal(
+            ours, theirs, atol=1e-5
+        )  # Qwen2's norms compute in float32, and AdamW magnifies their rounding
     hand = {f"{n}.{k}": p for n in ("policy", "critic") for k, p in getattr(expected, n).named_parameters()}
     assert_equal(weights(module), {k: p.detach() for k, p in hand.items()}, atol=1e-4)
     assert float(trainer.callback_metrics["policy/clip_fraction"]) > 0  # or the test would say little
@@ -173,21 +198,18 @@ def test_later_updates_compare_with_log_probs_frozen_before_the_first():
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
-def test_the_cut_into_micro_batches_changes_nothing(mini_batch_size: int | None, monkeypatch: pytest.MonkeyPatch):
-    runs, seen = {}, {}
-    for budget in (10_000, 30, 1):
-        calls: list[bool] = []
-        accumulate = SPPOModule.accumulate
-        with monkeypatch.context() as patch:
-            patch.setattr(SPPOModule, "accumulate", lambda s, loss, last: (calls.append(last), accumulate(s, loss, last)))
-            runs[budget] = run(micro_batch_tokens=budget, mini_batch_size=mini_batch_size, kl_coef=0.3)
-        seen[budget] = len(calls)
-    assert seen == ({10_000: 1, 30: 4, 1: 8} if mini_batch_size is None else {10_000: 2, 30: 4, 1: 8})
+def test_the_cut_into_micro_batches_changes_nothing(mini_batch_size: int | None):
+    runs = {
+        budget: run(micro_batch_tokens=budget, mini_batch_size=mini_batch_size, kl_coef=0.3)
+        for budget in (10_000, 30, 1)
+    }
+    backwards = {budget: module.backwards for budget, (module, _) in runs.items()}
+    assert backwards == ({10_000: 1, 30: 3, 1: 8} if mini_batch_size is None else {10_000: 2, 30: 4, 1: 8})
     whole, trainer = runs[10_000]
     for budget in (30, 1):
         module, other = runs[budget]
         for ours, theirs in zip(module.gradients, whole.gradients, strict=True):
-            assert_equal(ours, theirs, atol=1e-6 if mini_batch_size is None else 1e-5)
+            assert_equal(ours, theirs)
         for name, value in trainer.callback_metrics.items():
             if not name.startswith(("time/", "verifier/")):
                 assert float(other.callback_metrics[name]) == pytest.approx(float(value), abs=1e-5), name
@@ -252,11 +274,11 @@ def test_kl_to_the_reference():
     expected.update([0, 1, 2, 3])
     expected.update([4, 5, 6, 7])
     for ours, theirs in zip(module.gradients, expected.gradients, strict=True):
-        assert_equal(ours, theirs, atol=1e-5)
+        assert_equal(ours, theirs)
     assert expected.losses[1]["kl"] > 0.01
     mean = (expected.losses[0]["kl"] + expected.losses[1]["kl"]) / 2
     assert float(trainer.callback_metrics["policy/kl"]) == pytest.approx(mean, abs=1e-5)
-    fresh = make_policy()
+    fresh = make_policy().double()
     for name, parameter in module.reference.named_parameters():  # type: ignore[union-attr]
         assert torch.equal(parameter, dict(fresh.named_parameters())[name])
         assert not parameter.requires_grad
@@ -268,38 +290,37 @@ def test_no_reference_is_loaded_where_nothing_uses_one():
     assert "policy/kl" not in trainer.callback_metrics
 
 
+class BySequence(ByHand):
+    """One ratio for each response."""
+
+    def __init__(self, normalize: str, against: str) -> None:
+        self.normalize, self.against = normalize, against
+        super().__init__()
+
+    def policy_losses(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), dtype=torch.float64)
+        for row in rows:
+            old = row["old"] if self.against == "behaviour" else self.log_probs(self.reference, row).detach()
+            log_ratio = (self.log_probs(self.policy, row) - old).sum()
+            ratio = torch.exp(log_ratio / (len(old) if self.normalize == "length" else 1))
+            advantage = row["R"] - row["V"]
+            loss = loss - torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) / len(rows)
+        return loss, torch.zeros((), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("normalize", ["length", "none"])
 @pytest.mark.parametrize("against", ["behaviour", "reference"])
-def test_sequence_clip_objective_in_the_step(normalize: Any, against: Any):
-    module, _ = run(objective=SequenceClipObjective(normalize=normalize, against=against), mini_batch_size=4)
-    hand = ByHand()
-    for rows, ours in zip(([0, 1, 2, 3], [4, 5, 6, 7]), module.gradients, strict=True):
-        loss = torch.zeros(())
-        for row in (hand.rows[i] for i in rows):
-            log_ratio = (hand.log_probs(hand.policy, row) - row["old"]).sum()
-            ratio = torch.exp(log_ratio / (len(row["old"]) if normalize == "length" else 1))
-            advantage = row["R"] - row["V"]
-            loss = loss - torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) / 4
-        gradients = torch.autograd.grad(loss, list(hand.policy.parameters()))
-        names = [f"policy.{name}" for name, _ in hand.policy.named_parameters()]
-        policy = {name: g for name, g in ours.items() if name.startswith("policy")}
-        assert_equal(policy, dict(zip(names, gradients, strict=True)), atol=1e-5)
-        for p, gradient in zip(hand.policy.parameters(), gradients, strict=True):
-            p.grad = gradient
-        torch.nn.utils.clip_grad_norm_(hand.policy.parameters(), 0.5)
-        hand.optimizers["policy"].step()
-    # before the first update the reference is the policy, so both denominators are the same here
+def test_sequence_clip_objective_over_two_iterations(normalize: Any, against: Any):
+    objective = SequenceClipObjective(normalize=normalize, against=against)
+    module, _ = run(objective=objective, mini_batch_size=4, iterations=2)
+    hand = BySequence(normalize, against)
+    for _ in range(2):
+        hand.begin_iteration()
+        hand.update([0, 1, 2, 3])
+        hand.update([4, 5, 6, 7])
+    for ours, theirs in zip(module.gradients, hand.gradients, strict=True):
+        assert_equal(ours, theirs)
     assert (module.reference is not None) == (against == "reference")
-
-
-def test_the_reference_in_the_ratio_is_the_module_s_and_not_the_sampler():
-    module = RecordingSPPO(make_policy(), make_critic(), objective=SequenceClipObjective(against="reference"), **FAST)
-    fit(module, CASES, iterations=2, temperature=0.7)
-    hand, old = ByHand(), make_policy()
-    hand.policy, hand.critic = copy.deepcopy(module.policy), copy.deepcopy(module.critic)
-    log_ratio = [(hand.log_probs(module.policy, r) - hand.log_probs(old, r)).mean() for r in hand.rows]
-    assert max(abs(float(x)) for x in log_ratio) > 0.2  # the policy has left its reference
-    assert all(torch.equal(a, b) for a, b in zip(module.reference.parameters(), old.parameters(), strict=True))
 
 
 def test_the_samplers_log_probs_as_denominator():
@@ -309,7 +330,7 @@ def test_the_samplers_log_probs_as_denominator():
         row["old"] = torch.full_like(row["old"], -1.0)  # what Recites says
     hand.update(list(range(8)))
     assert_equal(module.gradients[0], hand.gradients[0])
-    gap = torch.cat([hand_row - -1.0 for hand_row in (ByHand().rows[i]["old"] for i in range(8))]).abs().mean()
+    gap = torch.cat([row["old"] + 1.0 for row in ByHand().rows]).abs().mean()
     assert float(trainer.callback_metrics["sampler/logprob_gap"]) == pytest.approx(float(gap), rel=1e-5)
 
 
@@ -327,7 +348,9 @@ def test_gradients_are_clipped_module_by_module():
     class NoStep(RecordingSPPO):
         def configure_optimizers(self) -> Any:
             (optimizer,), schedules = super().configure_optimizers()
-            optimizer.register_step_pre_hook(lambda *_: self.norms.append([self.norm(m) for m in (self.policy, self.critic)]))
+            optimizer.register_step_pre_hook(
+                lambda *_: self.norms.append([self.norm(m) for m in (self.policy, self.critic)])
+            )
             return [optimizer], schedules
 
         @staticmethod
@@ -371,7 +394,8 @@ def test_learning_rates_by_update(schedule: Any, factors: list[float]):
 def test_a_decaying_rate_needs_an_end():
     with pytest.raises(InputError) as raised:
         run(lr_schedule="cosine")
-    assert str(raised.value) == "`lr_schedule`='cosine' reaches zero at `trainer.max_steps`, which is not set; set it."
+    sentence = "`lr_schedule`='cosine' reaches zero at `trainer.max_steps`, which is not set; set it."
+    assert str(raised.value) == sentence
 
 
 def test_an_advantage_with_a_baseline_needs_a_critic():
@@ -398,25 +422,35 @@ def test_metric_names_after_two_iterations():
         "reward": ["mean", "table_verifier"],
         "verifier/table_verifier": ["errors", "timeouts", "no_verdict", "seconds"],
         "policy": ["loss", "clip_fraction", "approx_kl", "entropy", "grad_norm", "kl"],
-        "critic": ["loss", "value_mean", "brier", "brier_skill", "auroc", "calibration_error", "pearson", "grad_norm"],
+        "critic": [
+            "loss",
+            "value_mean",
+            "brier",
+            "brier_skill",
+            "auroc",
+            "calibration_error",
+            "pearson",
+            "grad_norm",
+        ],
         "advantage": ["std", "positive_fraction"],
         "time": [f"{phase}{kind}" for phase in ("rollout", "verify", "update") for kind in ("", "_share")],
         "val/set0": ["avg@1", "pass@1", "greedy", "critic_pearson"],
         "sampler": ["logprob_gap"],
     }
     metrics = trainer.callback_metrics
-    missing = [f"{group}/{name}" for group, names in groups.items() for name in names if f"{group}/{name}" not in metrics]
+    missing = [
+        f"{group}/{name}" for group, names in groups.items() for name in names if f"{group}/{name}" not in metrics
+    ]
     assert missing == []
     assert float(metrics["sampler/logprob_gap"]) < 1e-5
-    assert sum(float(metrics[f"time/{phase}_share"]) for phase in ("rollout", "verify", "update")) == pytest.approx(1)
+    shares = [float(metrics[f"time/{phase}_share"]) for phase in ("rollout", "verify", "update")]
+    assert sum(shares) == pytest.approx(1)
 
 
 # ---------------------------------------------------------------- supervised fine-tuning
 
 
 def demonstrations(policy: Any) -> PromptBatch:
-    import dataclasses
-
     batch = make_batch(policy, list(CASES))
     texts = [rows[0][0].replace("<eos>", "").strip() for rows in CASES.values()]
     batch.prompts = [dataclasses.replace(p, demonstration=t) for p, t in zip(batch.prompts, texts, strict=True)]

@@ -51,7 +51,9 @@ class TinyCritic(PromptCritic):
 def make_policy(seed: int = 0, **settings: Any) -> TinyPolicy:
     """A policy of two layers, sharp enough that responses differ."""
     torch.manual_seed(seed)
-    policy = TinyPolicy(WORDS, **{"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32} | settings)
+    policy = TinyPolicy(
+        WORDS, **{"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32} | settings
+    )
     policy.build()
     for parameter in policy.parameters():
         parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
@@ -91,16 +93,17 @@ class Recites(Stage):
         index = [i for i, prompt in enumerate(batch.prompts) for _ in self.responses[prompt.text]]
         texts = [text for prompt in batch.prompts for text in self.responses[prompt.text]]
         ids = [policy.tokenizer(text)["input_ids"] for text in texts]
-        batch.rollouts = pack_rollouts(
-            batch,
-            index,
-            ids,
-            [[-1.0] * len(row) for row in ids],
-            ["stop" if text.endswith("<eos>") else "length" for text in texts],
-            policy=policy,
-            temperature=self.temperature,
-            version=trainer.global_step,
-        )
+        with trainer.precision_plugin.forward_context():
+            batch.rollouts = pack_rollouts(
+                batch,
+                index,
+                ids,
+                [[-1.0] * len(row) for row in ids],
+                ["stop" if text.endswith("<eos>") else "length" for text in texts],
+                policy=policy,
+                temperature=self.temperature,
+                version=trainer.global_step,
+            )
 
 
 class TableVerifier(Verifier):
@@ -115,16 +118,19 @@ class TableVerifier(Verifier):
 
 
 class RecordingSPPO(SPPOModule):
-    """Keeps the gradients of every update, as they were before clipping."""
+    """Keeps the gradients of every update, as they were before clipping, and counts the backward passes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.backwards = 0
+
+    def accumulate(self, loss: torch.Tensor, last: bool) -> None:
+        self.backwards += 1
+        super().accumulate(loss, last)
 
     def step_optimizer(self, modules: Any) -> Any:
-        self.gradients.append(
-            {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
-        )
+        self.gradients.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
         return super().step_optimizer(modules)
 
 

@@ -98,7 +98,7 @@ class PromptCritic(nn.Module):
         return rows
 
     def forward(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Value logits `v`, `[N]` float32, at the last token of each prompt.
+        """Value logits `v`, `[N]`, float32 or wider, at the last token of each prompt.
 
         Rows are padded on the right, so causal attention needs no mask; the last prompt token is found from
         the lengths, never by looking for padding.
@@ -110,4 +110,5 @@ class PromptCritic(nn.Module):
             ids[i, : len(row)] = torch.tensor(row, device=self.model.device)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, L, H]
         last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
-        return self.value_head(last).squeeze(-1).float()
+        values = self.value_head(last).squeeze(-1)
+        return values.to(torch.promote_types(values.dtype, torch.float32))
