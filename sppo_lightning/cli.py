@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-import transformers
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
+from sppo_lightning.cli_errors import sentence
 from sppo_lightning.errors import InputError
+
+
+class Parser(LightningArgumentParser):
+    """Refuses a setting with one sentence and status 2, without the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what cannot be used and the nearest that can, and exit."""
+        if not self.exit_on_error:  # a component's own parser, whose message becomes part of this one's
+            super().error(message, ex)
+        sys.stderr.write(f"error: {sentence(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
+        self.exit(2)
 
 
 class SPPOCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` with any module, data module and callbacks."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._refusals: list[InputError] = []
+        super().__init__(parser_class=Parser, **settings)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings that belong to the process and not to a component."""
@@ -27,6 +47,13 @@ class SPPOCLI(LightningCLI):
             "models of a few million parameters one thread is the fastest.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check the config files before what is in them."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list | tuple):
+            check_config_files(list(map(str, words)))
+        super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
         """Settle the number of threads, and say it: on shared cores two can be slower than one."""
         threads = self._get(self.config, "threads")
@@ -34,16 +61,72 @@ class SPPOCLI(LightningCLI):
             if threads < 1:
                 raise InputError(f"`threads`={threads} leaves no thread to compute with; use 1 or more.")
             torch.set_num_threads(threads)
-        transformers.utils.logging.disable_progress_bar()  # its bars for loading and saving break ours
         rank_zero_info(f"CPU threads: {torch.get_num_threads()}")
+
+    def instantiate_classes(self) -> None:
+        """Build the components; an `InputError` of one of them comes out as it was raised."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            # jsonargparse makes its own error of it, among those of the other types that the value may have
+            refusal = next(iter(self._refusals), None) or _input_error(error)
+            if refusal is None or refusal is error:
+                raise
+            raise refusal from None
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()  # of model and data, which come first
+        self.parser.add_instantiator(self._instantiate, object, subclasses=True)
+
+    def _instantiate(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return class_type(*args, **kwargs)
+        except InputError as error:
+            self._refusals.append(error)
+            raise
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The `InputError` that `error` was made of, if any."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Raise `InputError` for a `--config` that is not there, is not YAML or holds no settings by name."""
+    files = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
+    files += [a.partition("=")[2] for a in arguments if a.startswith(("--config=", "-c="))]
+    for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            if "\n" in name or name.lstrip().startswith("{"):
+                continue  # YAML on the command line itself
+            there = [str(file) for file in sorted(path.parent.glob("*.y*ml"))]
+            close = difflib.get_close_matches(str(path), there, n=1)
+            raise InputError(
+                f"`--config`={name} does not exist; "
+                + (f"the nearest is {close[0]}." if close else "check its path.")
+            )
+        try:
+            node = yaml.compose(path.read_text(encoding="utf-8"))
+        except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            reason = getattr(error, "problem", None) or str(error)
+            raise InputError(f"`--config`={name} is not valid YAML{line}: {reason}.") from error
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise InputError(
+                f"`--config`={name} holds no settings by name; write `model:`, `data:` and `trainer:` with theirs."
+            )
 
 
 def main(args: Any = None) -> None:
     """Run the command line; a mistake in the input ends it with one sentence and status 2."""
     try:
         SPPOCLI(
-            LightningModule,
-            LightningDataModule,
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
