@@ -1,6 +1,10 @@
 """`python -m sppo_lightning`."""
 
+import warnings
+
 from sppo_lightning.cli import main
 
 if __name__ == "__main__":
+    # models stay in eval mode on purpose: without dropout the update's log-probabilities are the sampler's
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -114,10 +113,6 @@ class PolicyModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Nothing to add: the stages have sampled and scored, and CompletionWriter writes."""
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting the validation's own time, apart from the training iteration's."""
-        self._validation_start = time.perf_counter()
 
     def on_validation_epoch_end(self) -> None:
         """Log avg@k and pass@k of every validation set."""

@@ -131,6 +131,7 @@ def critic_metrics(values: Tensor, rewards: Tensor) -> dict[str, Tensor]:
     the mean pass rate, below 0 is worse. `auroc` takes a reward of 0.5 or more as success and is left out where
     all outcomes agree.
     """
+    values, rewards = values.contiguous(), rewards.contiguous()
     brier = (values - rewards).square().mean()
     metrics = {"critic/brier": brier}
     metrics["critic/pearson"] = torch.tensor(pearson(values, rewards))

@@ -215,15 +215,14 @@ class SPPOModule(PolicyModule):
         columns += [] if values is None else [values.sigmoid()]
         table = torch.as_tensor(self.all_gather(torch.stack(columns, dim=1))).reshape(-1, len(columns))
         table = table[table[:, 2] > 0]
-        if not len(table):
-            return
-        rewards, advantages = table[:, 0], table[:, 1]
+        rewards, advantages = table[:, 0], table[:, 1]  # none where no response has a verdict: means are NaN
         self.log("reward/mean", rewards.mean(), prog_bar=True)
         self.log("advantage/std", advantages.std(correction=0))
         self.log("advantage/positive_fraction", (advantages > 0).float().mean())
         if values is not None:
             self.log("critic/value_mean", table[:, 3].mean(), prog_bar=True)
-            self.log_dict(critic_metrics(table[:, 3], rewards))
+            if len(table):
+                self.log_dict(critic_metrics(table[:, 3], rewards))
 
     def prompt_values(self, prompts: list[Prompt]) -> Tensor | None:
         """The critic's chance of success for each prompt, `[N]`, without gradient."""
