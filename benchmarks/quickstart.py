@@ -1,7 +1,6 @@
 """The main job on the embedded task: warm start, then SPPO beside its control, and a summary of all three.
 
-    python benchmarks/quickstart.py              one run, in runs/quickstart
-    python benchmarks/quickstart.py --seeds 5    five runs, in runs/quickstart_seeds, and a table over them
+One run goes to runs/quickstart; `--seeds 5` makes five, in runs/quickstart_seeds, and prints a table over them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import Verifier
 from sppo_lightning.engines.engine import pack_rollouts
-from sppo_lightning.models import PromptCritic, TinyPolicy
+from sppo_lightning.models import CausalLMPolicy, PromptCritic, TinyPolicy
 from sppo_lightning.models.tiny import word_tokenizer
 from sppo_lightning.pipeline import Stage
 
@@ -27,6 +27,46 @@ CRITIC_CONFIG = {
     "intermediate_size": 32,
     "initializer_range": 0.3,
 }
+
+# what sets a family's logits or attention apart, beside the usual sizes
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},  # learned positions
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "cohere": {"logit_scale": 0.25},
+}
+
+
+def family_config(family: str, vocab_size: int) -> dict[str, Any]:
+    """A model of two layers of width 16; the ids of special tokens are those of `word_tokenizer`."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "max_position_embeddings": 128,
+    }
+    special = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    return {"model_type": family, **({} if family == "gpt2" else sizes), **special, **FAMILIES[family]}
+
+
+class FamilyPolicy(CausalLMPolicy):
+    """A model of a given family with random weights, sharp enough that its choices differ."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__(config=family_config(family, len(self.tokenizer)))
+        torch.manual_seed(3)
+        self.build()
+        for parameter in self.parameters():
+            parameter.data.mul_(5.0 if parameter.ndim > 1 else 1.0)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return word_tokenizer(WORDS.split())
 
 
 class TinyCritic(PromptCritic):
