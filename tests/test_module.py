@@ -467,8 +467,7 @@ def test_other_precisions(precision: str, dtype: torch.dtype):
     states = trainer.optimizers[0].state.values()
     assert {state["exp_avg"].dtype for state in states} == {dtype}
     assert all(float((p - before[n]).abs().max()) > 0 for n, p in weights(module).items() if p.ndim > 1)
-    unknown = {n for n, value in trainer.callback_metrics.items() if not torch.isfinite(value)}
-    assert unknown == {"reward/mean", "critic/value_mean", "advantage/std", "advantage/positive_fraction"}
+    assert [n for n, value in trainer.callback_metrics.items() if not torch.isfinite(value)] == []
     assert float(trainer.callback_metrics["sampler/logprob_gap"]) < (1e-6 if precision == "64-true" else 0.1)
 
 
