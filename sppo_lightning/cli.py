@@ -33,10 +33,6 @@ class Parser(LightningArgumentParser):
 class SPPOCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` with any module, data module and callbacks."""
 
-    def __init__(self, **settings: Any) -> None:
-        self._refusals: list[InputError] = []
-        super().__init__(parser_class=Parser, **settings)
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings that belong to the process and not to a component."""
         parser.add_argument(
@@ -65,32 +61,23 @@ class SPPOCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the components; an `InputError` of one of them comes out as it was raised."""
+        refusals: list[InputError] = []
+
+        def instantiate(class_type: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return class_type(*args, **kwargs)
+            except InputError as error:
+                refusals.append(error)
+                raise
+
+        self.parser.add_instantiator(instantiate, object)
         try:
             super().instantiate_classes()
-        except Exception as error:
-            # jsonargparse makes its own error of it, among those of the other types that the value may have
-            refusal = next(iter(self._refusals), None) or _input_error(error)
-            if refusal is None or refusal is error:
+        except Exception:
+            if not refusals:
                 raise
-            raise refusal from None
-
-    def _add_instantiators(self) -> None:
-        super()._add_instantiators()  # of model and data, which come first
-        self.parser.add_instantiator(self._instantiate, object, subclasses=True)
-
-    def _instantiate(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return class_type(*args, **kwargs)
-        except InputError as error:
-            self._refusals.append(error)
-            raise
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The `InputError` that `error` was made of, if any."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    return error
+            # jsonargparse has put it among the errors of the other types that the value might have had
+            raise refusals[0] from None
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -125,8 +112,8 @@ def main(args: Any = None) -> None:
     """Run the command line; a mistake in the input ends it with one sentence and status 2."""
     try:
         SPPOCLI(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,
+            LightningModule,
+            LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -134,6 +121,7 @@ def main(args: Any = None) -> None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={"prog": "python -m sppo_lightning"},
+            parser_class=Parser,
             args=args,
         )
     except InputError as error:

@@ -118,6 +118,8 @@ def _tell(problem: _Problem, parser: ArgumentParser) -> str:
 
 def _unknown_key(problem: _Problem, parser: ArgumentParser, group: str | None, key: str) -> str:
     _, class_path, outer = problem.path
+    if key == "class_path":  # with other keys beside it, all are taken for settings of the base class
+        return f"`{outer}` has settings beside a `class_path`; a component's settings go under `init_args`."
     known = _settings(class_path) if class_path else _options(parser)
     if group is not None:
         known = [name.removeprefix(f"{group}.") for name in known if name.startswith(f"{group}.")]
