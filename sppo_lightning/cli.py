@@ -108,22 +108,33 @@ def check_config_files(arguments: Sequence[str]) -> None:
             )
 
 
+def command_line(args: Any = None, run: bool = True) -> SPPOCLI:
+    """Parse, build the components and, unless told otherwise, run the command.
+
+    Args:
+        args: The arguments; those of the process when left out.
+        run: Expect a command (`fit`, …) and run it; if false, expect none and only build.
+    """
+    return SPPOCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={"prog": "python -m sppo_lightning"},
+        args=args,
+        run=run,
+    )
+
+
 def main(args: Any = None) -> None:
     """Run the command line; a mistake in the input ends it with one sentence and status 2."""
     try:
-        SPPOCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_kwargs={"prog": "python -m sppo_lightning"},
-            parser_class=Parser,
-            args=args,
-        )
+        command_line(args)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
