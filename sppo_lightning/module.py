@@ -167,10 +167,10 @@ class SPPOModule(PolicyModule):
     def value_logits(self, prompts: list[Prompt]) -> Tensor:
         """The critic's logits `v`, `[N]`, without gradient, within the token budget."""
         assert self.critic is not None
-        values = torch.zeros(len(prompts), device=self.device)
-        for index in micro_batches([len(ids) for ids in self.critic.encode(prompts)], self.micro_batch_tokens):
-            values[index] = self.critic([prompts[i] for i in index])
-        return values
+        groups = micro_batches([len(ids) for ids in self.critic.encode(prompts)], self.micro_batch_tokens)
+        values = torch.cat([self.critic([prompts[i] for i in group]) for group in groups])
+        order = torch.tensor([i for group in groups for i in group], device=values.device)
+        return values[order.argsort()]
 
     def value_loss(self, micro: MicroBatch, sequences: Tensor) -> Tensor:
         """The critic's loss on these prompts, as their share of the mini-batch's."""

@@ -44,7 +44,7 @@ def pack_rollouts(
     pad = tokenizer.pad_token_id
     prompt_ids, prompt_mask = _padded(prompts, pad, left=True)
     response_ids, response_mask = _padded(responses, pad, left=False)
-    sampled = torch.zeros(response_mask.shape)
+    sampled = torch.zeros_like(response_mask)
     for row, values in enumerate(log_probs):
         sampled[row, : len(values)] = torch.tensor(values)
     device = policy.device
@@ -67,7 +67,8 @@ def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, 
     """Ids and mask, `[rows, longest]`, padded on the left or on the right."""
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), width)
+    # Lightning's `bf16-true` makes bfloat16 the default, in which a sum of ones ends at 256
+    mask = torch.zeros(len(rows), width, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
     for i, row in enumerate(rows):
         span = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, span] = torch.tensor(row, dtype=torch.long)

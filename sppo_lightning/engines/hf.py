@@ -34,7 +34,8 @@ class HFEngine(Engine):
     gets.
 
     Args:
-        max_rows: Most responses decoded at once; a larger batch is cut into several.
+        max_rows: Most responses decoded at once, but no fewer than one prompt's samples; a larger batch is cut
+            into several.
         compact_below: Finished rows are dropped from the cache when the share of unfinished ones falls below
             this; 1.0 drops them at once, a lower value copies the cache less often.
     """
@@ -153,6 +154,6 @@ class HFEngine(Engine):
             mask=mask,
             uniforms=torch.from_numpy(noise).to(device),
             tokens=torch.full(shape, -1, dtype=torch.long, device=device),
-            log_probs=torch.zeros(shape, device=device),
+            log_probs=torch.zeros(shape, dtype=self.policy.logits_dtype, device=device),
         )
         return wave, hidden

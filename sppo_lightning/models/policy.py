@@ -75,6 +75,11 @@ class CausalLMPolicy(nn.Module):
         """Where the weights are."""
         return self.model.device
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Of logits and log-probabilities: float32, or float64 where the weights are."""
+        return torch.promote_types(self.model.dtype, torch.float32)
+
     @cached_property
     def eos_token_ids(self) -> list[int]:
         """Every id that ends a response: the tokenizer's and the generation config's."""
@@ -95,9 +100,9 @@ class CausalLMPolicy(nn.Module):
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, H]` hidden states to `[n, V]` float32 logits, before the temperature; for a decoding step."""
+        """`[n, H]` hidden states to `[n, V]` logits, before the temperature; for a decoding step."""
         head = self.head()
-        logits = nn.functional.linear(hidden, head["weight"], head["bias"]).float() * head["scale"]
+        logits = nn.functional.linear(hidden, head["weight"], head["bias"]).to(self.logits_dtype) * head["scale"]
         return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
 
     def forward(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:

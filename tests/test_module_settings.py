@@ -1,0 +1,140 @@
+"""Clipping, schedules, what is refused, and what is logged."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from by_hand import CASES, FAST, fit, run, weights
+from tiny import RecordingSPPO, TableVerifier, loader, make_batch, make_critic, make_policy, make_trainer
+
+from sppo_lightning import SPPOModule
+from sppo_lightning.callbacks import RolloutGeneration
+from sppo_lightning.engines import Sampling
+from sppo_lightning.errors import InputError
+from sppo_lightning.optim import GroupOptimizer
+
+
+def test_gradients_are_clipped_module_by_module():
+    class NoStep(RecordingSPPO):
+        def configure_optimizers(self) -> Any:
+            (optimizer,), schedules = super().configure_optimizers()
+            optimizer.register_step_pre_hook(
+                lambda *_: self.norms.append([self.norm(m) for m in (self.policy, self.critic)])
+            )
+            return [optimizer], schedules
+
+        @staticmethod
+        def norm(module: Any) -> float:
+            return math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
+
+    module = NoStep(
+        make_policy(),
+        make_critic(),
+        policy_optimizer=GroupOptimizer(max_grad_norm=0.125),
+        critic_optimizer=GroupOptimizer(max_grad_norm=0.25),
+    )
+    module.norms = []
+    trainer = fit(module, CASES)
+    assert module.norms == [[pytest.approx(0.125, rel=1e-4), pytest.approx(0.25, rel=1e-4)]]
+    assert float(trainer.callback_metrics["policy/grad_norm"]) > 0.125  # the norm before clipping
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, *((1 + math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3))]),
+    ],
+)
+def test_learning_rates_by_update(schedule: Any, factors: list[float]):
+    rates: list[list[float]] = []
+
+    class Rates(SPPOModule):
+        def step_optimizer(self, modules: Any) -> Any:
+            rates.append([group["lr"] for group in self.optimizers().param_groups])  # type: ignore[union-attr]
+            return super().step_optimizer(modules)
+
+    module = Rates(make_policy(), make_critic(), lr_schedule=schedule, warmup_updates=2, mini_batch_size=4, **FAST)
+    trainer = fit(module, CASES, iterations=5, max_steps=6)
+    assert trainer.global_step == 6
+    assert rates == [[pytest.approx(0.02 * f), pytest.approx(0.05 * f)] for f in factors]
+
+
+def test_a_decaying_rate_needs_an_end():
+    with pytest.raises(InputError) as raised:
+        run(lr_schedule="cosine")
+    sentence = "`lr_schedule`='cosine' reaches zero at `trainer.max_steps`, which is not set; set it."
+    assert str(raised.value) == sentence
+
+
+def test_an_advantage_with_a_baseline_needs_a_critic():
+    with pytest.raises(InputError) as raised:
+        SPPOModule(make_policy())
+    assert str(raised.value) == (
+        "`advantage`=SequenceAdvantage needs a critic; set `model.critic`, for instance to "
+        "sppo_lightning.models.PromptCritic."
+    )
+
+
+def test_metric_names_after_two_iterations():
+    policy = make_policy()
+    table: Any = type("Table", (dict,), {"__missing__": lambda self, key: float("3" in key[1])})()
+    trainer = make_trainer(
+        RolloutGeneration(Sampling(max_new_tokens=4), validation_greedy=True), TableVerifier(table), max_epochs=1
+    )
+    batches = [make_batch(policy, [f"{a} + {b} =" for b in range(4)], first_row=4 * a) for a in (1, 2)]
+    module = SPPOModule(policy, make_critic(), mini_batch_size=2, kl_coef=0.1)
+    trainer.fit(module, loader(*batches), loader(make_batch(policy, ["5 + 5 =", "6 + 6 ="])))
+    assert trainer.global_step == 4
+    groups = {
+        "rollout": ["response_tokens_mean", "truncated_fraction", "tokens_per_second"],
+        "reward": ["mean", "table_verifier"],
+        "verifier/table_verifier": ["errors", "timeouts", "no_verdict", "seconds"],
+        "policy": ["loss", "clip_fraction", "approx_kl", "entropy", "grad_norm", "kl"],
+        "critic": [
+            "loss",
+            "value_mean",
+            "brier",
+            "brier_skill",
+            "auroc",
+            "calibration_error",
+            "pearson",
+            "grad_norm",
+        ],
+        "advantage": ["std", "positive_fraction"],
+        "time": [f"{phase}{kind}" for phase in ("rollout", "verify", "update") for kind in ("", "_share")],
+        "val/set0": ["avg@1", "pass@1", "greedy", "critic_pearson"],
+        "sampler": ["logprob_gap"],
+    }
+    metrics = trainer.callback_metrics
+    missing = [
+        f"{group}/{name}" for group, names in groups.items() for name in names if f"{group}/{name}" not in metrics
+    ]
+    assert missing == []
+    assert float(metrics["sampler/logprob_gap"]) < 1e-5
+    shares = [float(metrics[f"time/{phase}_share"]) for phase in ("rollout", "verify", "update")]
+    assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)],
+)
+def test_other_precisions(precision: str, dtype: torch.dtype):
+    policy = make_policy()
+    table: Any = type("Table", (dict,), {"__missing__": lambda self, key: float("3" in key[1])})()
+    batches = [make_batch(policy, [f"{a} + {b} =" for b in range(4)], first_row=4 * a) for a in (1, 2)]
+    module = SPPOModule(policy, make_critic(), mini_batch_size=2, kl_coef=0.1, **FAST)
+    stages = RolloutGeneration(Sampling(max_new_tokens=4)), TableVerifier(table)
+    trainer = make_trainer(*stages, precision=precision)
+    before = weights(module)
+    trainer.fit(module, loader(*batches), loader(make_batch(policy, ["5 + 5 =", "6 + 6 ="])))
+    # under mixed precision the master weights stay float32
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    states = trainer.optimizers[0].state.values()
+    assert {state["exp_avg"].dtype for state in states} == {dtype}
+    assert all(float((p - before[n]).abs().max()) > 0 for n, p in weights(module).items() if p.ndim > 1)
+    assert [n for n, value in trainer.callback_metrics.items() if not torch.isfinite(value)] == []
+    assert float(trainer.callback_metrics["sampler/logprob_gap"]) < (1e-6 if precision == "64-true" else 0.1)
