@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
@@ -39,14 +39,18 @@ class PolicyModule(LightningModule):
         self.phase_seconds: dict[str, float] = {}
         self.last_phase_seconds: dict[str, float] = {"rollout": 0.0, "verify": 0.0, "update": 0.0}
 
-    def setup(self, stage: str) -> None:
-        """Check the trainer's settings and that the stages provide what this stage of the run needs."""
+    def configure_callbacks(self) -> list[Callback]:
+        """None; but it is the one hook before Lightning's own check, whose message knows no way out."""
         for name, instead in _REPLACED.items():
             value = getattr(self.trainer, name, None)
             if value not in (None, 0, 0.0) and not (name == "accumulate_grad_batches" and value == 1):
                 raise InputError(
                     f"`trainer.{name}`={value} does not apply here; remove it and set `{instead}` instead."
                 )
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Check that the stages provide what this stage of the run needs."""
         needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
         if stage == "predict":
             needs = frozenset({"rollouts"})
@@ -73,6 +77,7 @@ class PolicyModule(LightningModule):
         }
         optimizer: Any = self.optimizers()
         optimizer.step()
+        torch.clear_autocast_cache()  # mixed precision would go on with the old weights, cast before the step
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()
