@@ -20,7 +20,16 @@ from sppo_lightning.errors import InputError
 
 
 class Parser(LightningArgumentParser):
-    """Refuses a setting with one sentence and status 2, without the usage."""
+    """Refuses a setting with one sentence and status 2, without the usage; takes text for text."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add a class's settings, of which those that may be text are not read as the path of a config."""
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            # otherwise `data.train: train.csv` is replaced by what the file holds
+            if getattr(action, "_enable_path", False) and action._is_valid_string(""):  # type: ignore[attr-defined]
+                action._enable_path = False  # type: ignore[attr-defined]
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what cannot be used and the nearest that can, and exit."""

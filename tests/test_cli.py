@@ -11,7 +11,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from sppo_lightning.cli import main
+from sppo_lightning.cli import command_line, main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG: dict[str, Any] = {
@@ -380,3 +380,16 @@ def test_threads_are_set(refused: Callable[..., str]):
         assert said.startswith("`model.policy")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("content", ["prompt,answer\na,b\n", "", "model: {}\n"])
+def test_a_data_file_is_a_path_and_not_a_config(refused: Callable[..., str], content: str):
+    Path("train.csv").write_text(content)
+    cli = command_line(["--config", changed([*DATA, "train"], "train.csv")], run=False)
+    assert cli.datamodule.train == "train.csv"
+
+
+def test_a_component_may_stand_in_a_file_of_its_own(refused: Callable[..., str]):
+    Path("policy.yaml").write_text(yaml.safe_dump(CONFIG["model"]["init_args"]["policy"]))
+    cli = command_line(["--config", changed([*MODEL, "policy"], "policy.yaml")], run=False)
+    assert cli.model.policy.pretrained == "./nowhere"
