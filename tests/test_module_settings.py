@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import CASES, FAST, fit, run, weights
-from tiny import RecordingSPPO, TableVerifier, loader, make_batch, make_critic, make_policy, make_trainer
+from by_hand import CASES, FAST, assert_equal, fit, run, weights
+from tiny import AnyDigit, RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
+from sppo_lightning.models.loading import recompute_layers
 from sppo_lightning.optim import GroupOptimizer
 
 
@@ -80,9 +81,8 @@ def test_an_advantage_with_a_baseline_needs_a_critic():
 
 def test_metric_names_after_two_iterations():
     policy = make_policy()
-    table: Any = type("Table", (dict,), {"__missing__": lambda self, key: float("3" in key[1])})()
     trainer = make_trainer(
-        RolloutGeneration(Sampling(max_new_tokens=4), validation_greedy=True), TableVerifier(table), max_epochs=1
+        RolloutGeneration(Sampling(max_new_tokens=4), validation_greedy=True), AnyDigit(), max_epochs=1
     )
     batches = [make_batch(policy, [f"{a} + {b} =" for b in range(4)], first_row=4 * a) for a in (1, 2)]
     module = SPPOModule(policy, make_critic(), mini_batch_size=2, kl_coef=0.1)
@@ -90,8 +90,8 @@ def test_metric_names_after_two_iterations():
     assert trainer.global_step == 4
     groups = {
         "rollout": ["response_tokens_mean", "truncated_fraction", "tokens_per_second"],
-        "reward": ["mean", "table_verifier"],
-        "verifier/table_verifier": ["errors", "timeouts", "no_verdict", "seconds"],
+        "reward": ["mean", "any_digit"],
+        "verifier/any_digit": ["errors", "timeouts", "no_verdict", "seconds"],
         "policy": ["loss", "clip_fraction", "approx_kl", "entropy", "grad_norm", "kl"],
         "critic": [
             "loss",
@@ -124,10 +124,9 @@ def test_metric_names_after_two_iterations():
 )
 def test_other_precisions(precision: str, dtype: torch.dtype):
     policy = make_policy()
-    table: Any = type("Table", (dict,), {"__missing__": lambda self, key: float("3" in key[1])})()
     batches = [make_batch(policy, [f"{a} + {b} =" for b in range(4)], first_row=4 * a) for a in (1, 2)]
     module = SPPOModule(policy, make_critic(), mini_batch_size=2, kl_coef=0.1, **FAST)
-    stages = RolloutGeneration(Sampling(max_new_tokens=4)), TableVerifier(table)
+    stages = RolloutGeneration(Sampling(max_new_tokens=4)), AnyDigit()
     trainer = make_trainer(*stages, precision=precision)
     before = weights(module)
     trainer.fit(module, loader(*batches), loader(make_batch(policy, ["5 + 5 =", "6 + 6 ="])))
@@ -138,3 +137,44 @@ def test_other_precisions(precision: str, dtype: torch.dtype):
     assert all(float((p - before[n]).abs().max()) > 0 for n, p in weights(module).items() if p.ndim > 1)
     assert [n for n, value in trainer.callback_metrics.items() if not torch.isfinite(value)] == []
     assert float(trainer.callback_metrics["sampler/logprob_gap"]) < (1e-6 if precision == "64-true" else 0.1)
+
+
+def test_every_update_sees_the_weights_of_the_one_before_under_mixed_precision():
+    """Autocast keeps the weights that it has cast, and one iteration runs within one autocast context."""
+
+    class Compares(SPPOModule):
+        def count(self, meter: Any, micro: Any, *losses: Any) -> None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                fresh = self.policy(micro.rollouts)[0]
+            gaps.append(float((fresh - losses[-2]).abs().max()))
+            super().count(meter, micro, *losses)
+
+    gaps: list[float] = []
+    module = Compares(make_policy(), make_critic(), mini_batch_size=2, **FAST)
+    fit(module, CASES, precision="bf16-mixed")
+    assert gaps == [0.0] * 4
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(precision: Any):
+    calls: dict[bool, list[int]] = {}
+    gradients = {}
+    for checkpointing in (False, True):
+        policy, critic = make_policy(), make_critic()
+        if checkpointing:
+            for model in (policy, critic):
+                model.gradient_checkpointing = True
+                recompute_layers(model.model, "model")
+        counts = calls[checkpointing] = [0, 0]
+
+        def count(which: int, counts: list[int] = counts) -> Any:
+            return lambda *_: counts.__setitem__(which, counts[which] + torch.is_grad_enabled())
+
+        policy.model.model.layers[0].self_attn.register_forward_hook(count(0))
+        critic.model.model.layers[0].self_attn.register_forward_hook(count(1))
+        module = RecordingSPPO(policy, critic, **FAST)
+        trainer = make_trainer(RolloutGeneration(Sampling(max_new_tokens=6)), AnyDigit(), precision=precision)
+        trainer.fit(module, loader(make_batch(policy, list(CASES))))
+        gradients[checkpointing] = module.gradients[0]
+    assert calls == {False: [1, 1], True: [2, 2]}
+    assert_equal(gradients[True], gradients[False])

@@ -157,6 +157,14 @@ class TableVerifier(Verifier):
         return [self.table[p.text, r] for p, r in zip(prompts, responses, strict=True)]
 
 
+class AnyDigit(Verifier):
+    """Scores the share of digits among a response's words: from random weights, neither all nor none."""
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        words = [response.split() for response in responses]
+        return [sum(word.isdigit() for word in row) / max(len(row), 1) for row in words]
+
+
 class RecordingSPPO(SPPOModule):
     """Keeps the gradients of every update, as they were before clipping, and counts the backward passes."""
 
