@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.errors import InputError
-from sppo_lightning.models.loading import load_model, load_tokenizer
+from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
 
 
 class PromptCritic(nn.Module):
@@ -74,9 +74,14 @@ class PromptCritic(nn.Module):
             num_labels=1,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        if not isinstance(getattr(self.model, "score", None), nn.Linear):
+            raise InputError(
+                f"`model.critic`={self.pretrained or self.config!r}: {type(self.model).__name__} has no linear "
+                "value head named `score`, so it is no causal model; use one, such as Qwen/Qwen2.5-0.5B."
+            )
         nn.init.zeros_(self.value_head.weight)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(self.model, "model.critic")
 
     @property
     def value_head(self) -> nn.Linear:

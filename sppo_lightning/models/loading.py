@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from sppo_lightning.errors import InputError
@@ -71,11 +74,14 @@ def load_model(
         if model_type is None:
             raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
         try:
-            built = AutoConfig.for_model(model_type, **settings, **_head_options(options))
+            built = AutoConfig.for_model(model_type, **settings | _head_options(options))
+            attention = {k: v for k, v in options.items() if k == "attn_implementation"}
+            model = auto_class.from_config(built, **attention)
         except ValueError as error:
-            raise InputError(f"`{setting}.config.model_type`={model_type!r}: {error}") from error
-        attention = {k: v for k, v in options.items() if k == "attn_implementation"}
-        model = auto_class.from_config(built, **attention)
+            raise InputError(
+                f"`{setting}.config.model_type`={model_type!r} cannot be built as {auto_class.__name__} "
+                f"({_first_sentence(error)}); use another family, such as qwen2."
+            ) from error
     elif pretrained is not None:
         check_exists(pretrained, f"{setting}.pretrained")
         try:
@@ -84,11 +90,39 @@ def load_model(
             )
         except (OSError, ValueError) as error:
             raise InputError(
-                f"`{setting}.pretrained`={pretrained!r} holds no model that transformers can load ({error})."
+                f"`{setting}.pretrained`={pretrained!r} cannot be loaded as {auto_class.__name__} "
+                f"({_first_sentence(error)}); give the folder or hub id of another model, "
+                "such as Qwen/Qwen2.5-1.5B."
             ) from error
     else:
         raise InputError(f"`{setting}` needs `pretrained` (a folder or hub id) or `config` (random weights).")
     return model.eval()
+
+
+def recompute_layers(model: nn.Module, setting: str) -> None:
+    """Let each block of `model` recompute its activations in the backward pass.
+
+    transformers' own switch works in training mode alone, which would turn dropout on and the sampler's cache off.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise InputError(
+            f"`{setting}.gradient_checkpointing`=True: {type(model).__name__} has no blocks that transformers can "
+            "recompute; set it to false."
+        )
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _first_sentence(error: Exception) -> str:
+    """Without the list of all classes that transformers appends."""
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
 
 
 def _head_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -104,3 +138,7 @@ def check_exists(name: str, setting: str) -> None:
             f"`{setting}`={name!r} does not exist; give the folder of a Hugging Face model "
             "(a warm start writes one) or a hub id such as Qwen/Qwen2.5-1.5B."
         )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]

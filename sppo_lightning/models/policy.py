@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.errors import InputError
-from sppo_lightning.models.loading import load_model, load_tokenizer
+from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
 from sppo_lightning.models.log_probs import selected_log_probs
 
 
@@ -67,7 +67,7 @@ class CausalLMPolicy(nn.Module):
             attn_implementation=self.attn_implementation,
         )
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(self.model, "model.policy")
         self._check_head()
 
     @property

@@ -1,0 +1,125 @@
+"""The policy's log-probabilities against transformers' own logits, family by family."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, WORDS, FamilyPolicy, family_config, make_batch, make_policy
+
+from sppo_lightning.batch import Rollouts
+from sppo_lightning.engines import HFEngine, Sampling
+from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.errors import InputError
+from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.tiny import word_tokenizer
+
+PAIRS = {"1 + 2 =": "3 <eos>", "9 - 4 = ; a b c": "5 5 5 5 5", "2": "7 8 9 a b c d e <eos>", "a b": "<eos>"}
+
+
+def rollouts_of(policy: Any, temperature: float) -> Rollouts:
+    ids = [policy.tokenizer(text)["input_ids"] for text in PAIRS.values()]
+    return pack_rollouts(
+        make_batch(policy, list(PAIRS)),
+        list(range(len(PAIRS))),
+        ids,
+        [[0.0] * len(row) for row in ids],
+        ["stop"] * len(PAIRS),
+        policy=policy,
+        temperature=temperature,
+        version=0,
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_those_of_the_models_own_logits(family: str, temperature: float):
+    policy = FamilyPolicy(family)
+    log_probs, entropy = policy(rollouts_of(policy, temperature))
+    for row, (prompt, response) in enumerate(PAIRS.items()):
+        p, r = (policy.tokenizer(text)["input_ids"] for text in (prompt, response))
+        logits = policy.model(input_ids=torch.tensor([p + r])).logits[0, len(p) - 1 : -1]
+        table = torch.distributions.Categorical(logits=logits / temperature)
+        torch.testing.assert_close(log_probs[row, : len(r)], table.log_prob(torch.tensor(r)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropy[row, : len(r)], table.entropy(), atol=1e-5, rtol=1e-5)
+        assert not log_probs[row, len(r) :].any()
+        assert not entropy[row, len(r) :].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_decoding_step(family: str):
+    policy = FamilyPolicy(family)
+    ids = torch.tensor([policy.tokenizer("9 - 4 = ; a b c")["input_ids"]])
+    hidden = policy.model.base_model(input_ids=ids).last_hidden_state[0]
+    expected = policy.model(input_ids=ids).logits[0]
+    torch.testing.assert_close(policy.logits(hidden), expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.05  # a scale or a bound that is forgotten would show
+
+
+def test_a_model_that_treats_its_logits_in_a_way_of_its_own():
+    class Forgetful(CausalLMPolicy):
+        tokenizer = word_tokenizer(WORDS.split())
+
+        def head(self) -> dict[str, Any]:
+            return super().head() | {"scale": 1.0}
+
+    settings = family_config("granite", len(Forgetful.tokenizer)) | {"initializer_range": 1.0}
+    with pytest.raises(InputError) as raised:
+        Forgetful(config=settings).build()
+    assert "GraniteForCausalLM changes its logits in a way that CausalLMPolicy does not know" in str(raised.value)
+    assert str(raised.value).endswith("override CausalLMPolicy.head for it.")
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, [1]), (1, [1]), (7, [1, 7]), ([9, 5], [1, 5, 9])])
+def test_end_of_sequence_ids_of_tokenizer_and_generation_config(own: Any, expected: list[int]):
+    policy = make_policy()
+    policy.model.generation_config.eos_token_id = own
+    assert policy.eos_token_ids == expected
+
+
+def calls_of_the_last_block(policy: Any) -> list[bool]:
+    """Filled at each forward of the last block's first part: whether gradients are on."""
+    calls: list[bool] = []
+    policy.model.model.layers[-1].input_layernorm.register_forward_pre_hook(
+        lambda *_: calls.append(torch.is_grad_enabled())
+    )
+    return calls
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_number():
+    plain, policy = make_policy(), make_policy()
+    recomputing = CausalLMPolicy(config=policy.config, gradient_checkpointing=True)
+    recomputing.tokenizer = policy.tokenizer
+    recomputing.build()
+    recomputing.load_state_dict(plain.state_dict())
+    rollouts = rollouts_of(plain, 0.7)
+    gradients, calls = [], []
+    for each in (plain, recomputing):
+        calls.append(calls_of_the_last_block(each))
+        each(rollouts)[0].sum().backward()
+        gradients.append([p.grad for p in each.parameters()])
+    assert [len(found) for found in calls] == [1, 2]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-6)
+    samples = []
+    for each in (plain, recomputing):  # sampling keeps its cache
+        engine = HFEngine()
+        engine.update_weights(each, 0)
+        samples.append(engine.generate(make_batch(plain, list(PAIRS)), Sampling(max_new_tokens=6)).response_ids)
+    assert torch.equal(*samples)
+    reference = copy.deepcopy(recomputing).requires_grad_(False)  # as SPPOModule makes one
+    with torch.no_grad():
+        for parameter in recomputing.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(reference(rollouts)[0], plain(rollouts)[0])
+
+
+def test_gradient_checkpointing_of_a_model_without_blocks():
+    policy = make_policy()
+    again = CausalLMPolicy(config=policy.config | {"num_hidden_layers": 0}, gradient_checkpointing=True)
+    with pytest.raises(InputError) as raised:
+        again.build()
+    assert str(raised.value) == (
+        "`model.policy.gradient_checkpointing`=True: Qwen2ForCausalLM has no blocks that transformers can recompute; "
+        "set it to false."
+    )
