@@ -136,7 +136,7 @@ def critic_metrics(values: Tensor, rewards: Tensor) -> dict[str, Tensor]:
     metrics = {"critic/brier": brier}
     metrics["critic/pearson"] = torch.tensor(pearson(values, rewards))
     spread = rewards.var(correction=0)
-    if spread > 0:
+    if spread > 1e-12:  # equal rewards such as 0.1 have a rounding error for a variance
         metrics["critic/brier_skill"] = 1.0 - brier / spread
     outcomes = (rewards >= 0.5).long()
     metrics["critic/calibration_error"] = binary_calibration_error(values, outcomes, n_bins=10)

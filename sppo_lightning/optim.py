@@ -30,6 +30,16 @@ class GroupOptimizer:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        checks = [
+            ("lr", self.lr, self.lr >= 0, "0 or more"),
+            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0, or .inf to leave it unclipped"),
+        ]
+        for name, value, good, allowed in checks:
+            if not good:
+                raise InputError(f"`{name}`={value} of an optimizer cannot be used; it must be {allowed}.")
+
 
 def build_optimizer(
     modules: dict[str, tuple[nn.Module, GroupOptimizer]],

@@ -177,6 +177,7 @@ def test_a_critic_that_knows_only_the_mean_has_no_skill():
 def test_metrics_without_meaning_are_left_out():
     assert set(critic([0.5, 0.25], [1.0, 1.0])) == {"brier", "pearson", "calibration_error"}
     assert set(critic([0.5, 0.25], [0.75, 0.5])) == {"brier", "pearson", "calibration_error", "brier_skill"}
+    assert set(critic([0.5] * 7, [0.1] * 7)) == {"brier", "pearson", "calibration_error"}  # variance 1e-17, not 0
 
 
 @pytest.mark.parametrize(

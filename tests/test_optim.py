@@ -70,3 +70,28 @@ def test_a_decay_needs_an_end(schedule: Any):
     assert str(raised.value) == (
         f"`lr_schedule`='{schedule}' reaches zero at `trainer.max_steps`, which is not set; set it."
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lr": -1e-6}, "`lr`=-1e-06 of an optimizer cannot be used; it must be 0 or more."),
+        ({"weight_decay": -0.1}, "`weight_decay`=-0.1 of an optimizer cannot be used; it must be 0 or more."),
+        (
+            {"max_grad_norm": 0.0},
+            "`max_grad_norm`=0.0 of an optimizer cannot be used; it must be above 0, or .inf to leave it unclipped.",
+        ),
+        ({"lr": math.nan}, "`lr`=nan of an optimizer cannot be used; it must be 0 or more."),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: dict[str, float], sentence: str):
+    with pytest.raises(InputError) as raised:
+        GroupOptimizer(**settings)
+    assert str(raised.value) == sentence
+
+
+def test_an_infinite_norm_leaves_the_gradient_as_it_is():
+    module = nn.Linear(2, 1)
+    module.weight.grad, module.bias.grad = torch.tensor([[3e4, 4e4]]), torch.tensor([0.0])
+    norm = nn.utils.clip_grad_norm_(module.parameters(), GroupOptimizer(max_grad_norm=math.inf).max_grad_norm)
+    assert (float(norm), module.weight.grad.tolist()) == (5e4, [[3e4, 4e4]])
