@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -93,14 +94,22 @@ class PromptCritic(nn.Module):
         rows: list[list[int]] = []
         for prompt in prompts:
             if prompt.messages is not None and self.tokenizer.chat_template:
-                text = self.tokenizer.apply_chat_template(
-                    [dict(turn) for turn in prompt.messages], tokenize=False, add_generation_prompt=True
-                )
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            else:
-                ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+                ids = self.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
+            else:  # a template writes its own special tokens; text gets the first one that a family may rely on
+                ids = self.tokenizer(prompt.text)["input_ids"]
             rows.append(ids[-self.max_prompt_tokens :] or [self.tokenizer.eos_token_id])
         return rows
+
+    def _render(self, prompt: Prompt) -> str:
+        turns = [dict(turn) for turn in prompt.messages or ()]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InputError(
+                f"The chat template of `model.critic` refuses the messages of row {prompt.row} of "
+                f"{prompt.dataset!r} ({error}); use a critic that takes them, or prompts without a system message."
+            ) from error
+        return str(text)
 
     def forward(self, prompts: Sequence[Prompt]) -> Tensor:
         """Value logits `v`, `[N]`, float32 or wider, at the last token of each prompt.

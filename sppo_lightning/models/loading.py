@@ -76,7 +76,7 @@ def load_model(
         try:
             built = AutoConfig.for_model(model_type, **settings | _head_options(options))
             attention = {k: v for k, v in options.items() if k == "attn_implementation"}
-            model = auto_class.from_config(built, **attention)
+            model = auto_class.from_config(built, dtype=torch.float32, **attention)
         except ValueError as error:
             raise InputError(
                 f"`{setting}.config.model_type`={model_type!r} cannot be built as {auto_class.__name__} "

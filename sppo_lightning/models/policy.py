@@ -61,7 +61,7 @@ class CausalLMPolicy(nn.Module):
         self.model = load_model(
             AutoModelForCausalLM,
             self.pretrained,
-            self.config,
+            self.config and {**self._special_ids(), **self.config},
             setting="model.policy",
             trust_remote_code=self.trust_remote_code,
             attn_implementation=self.attn_implementation,
@@ -69,6 +69,11 @@ class CausalLMPolicy(nn.Module):
         if self.gradient_checkpointing:
             recompute_layers(self.model, "model.policy")
         self._check_head()
+
+    def _special_ids(self) -> dict[str, Any]:
+        """Of the tokenizer: a family's defaults are of another one, and responses would stop where they stand."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return {"vocab_size": len(self.tokenizer), **{name: getattr(self.tokenizer, name) for name in names}}
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import WORDS, family_config, make_critic
+from tokenizers.processors import TemplateProcessing
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.errors import InputError
@@ -93,6 +94,27 @@ def test_the_critic_reads_with_its_own_tokenizer_and_chat_template():
     critic.tokenizer.chat_template = TEMPLATE
     assert critic.encode([chat]) == [critic.tokenizer("u 1 + 2 ; a")["input_ids"]]
     assert critic.encode(PROMPTS[:1]) == [critic.tokenizer("1 + 2 =")["input_ids"]]
+
+
+def test_plain_text_begins_with_the_tokenizers_own_first_token():
+    critic = make_critic()
+    critic.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="; $A", special_tokens=[(";", 5)])
+    plain = critic.tokenizer("1 + 2 =", add_special_tokens=False)["input_ids"]
+    assert critic.encode(PROMPTS[:1]) == [[5, *plain]]
+    critic.tokenizer.chat_template = TEMPLATE
+    chat = Prompt("", "", "sums", 0, messages=({"role": "user", "content": "1"},))
+    assert critic.encode([chat]) == [critic.tokenizer("u 1 ; a", add_special_tokens=False)["input_ids"]]
+
+
+def test_a_chat_template_that_refuses_the_messages():
+    critic = make_critic()
+    critic.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(InputError) as raised:
+        critic([Prompt("", "", "sums", 7, messages=({"role": "system", "content": "add"},))])
+    assert str(raised.value) == (
+        "The chat template of `model.critic` refuses the messages of row 7 of 'sums' (System role not supported); use "
+        "a critic that takes them, or prompts without a system message."
+    )
 
 
 def test_a_long_prompt_loses_its_beginning_and_an_empty_one_is_still_read():

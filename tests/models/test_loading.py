@@ -117,6 +117,8 @@ def test_weights_are_float32_and_dropout_is_off_whatever_the_folder_says(tmp_pat
     first.to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
     model: Any = load_model(AutoModelForCausalLM, str(tmp_path), None, setting="model.policy")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    built = load_model(AutoModelForCausalLM, None, config | {"dtype": "bfloat16"}, setting="model.policy")
+    assert {p.dtype for p in built.parameters()} == {torch.float32}
     ids = torch.tensor([[4, 5, 6, 7]])
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 

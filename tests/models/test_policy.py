@@ -77,6 +77,18 @@ def test_end_of_sequence_ids_of_tokenizer_and_generation_config(own: Any, expect
     assert policy.eos_token_ids == expected
 
 
+def test_a_model_from_a_config_has_the_tokenizers_ids():
+    """Llama's own end of sequence is 2, which is an ordinary token in another vocabulary."""
+    policy = CausalLMPolicy(
+        config={"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    )
+    policy.tokenizer = word_tokenizer(WORDS.split())
+    policy.build()
+    assert policy.eos_token_ids == [1]
+    assert policy.model.config.pad_token_id == 0
+    assert policy.model.get_output_embeddings().weight.shape == (38, 16)
+
+
 def calls_of_the_last_block(policy: Any) -> list[bool]:
     """Filled at each forward of the last block's first part: whether gradients are on."""
     calls: list[bool] = []
@@ -117,6 +129,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number():
 def test_gradient_checkpointing_of_a_model_without_blocks():
     policy = make_policy()
     again = CausalLMPolicy(config=policy.config | {"num_hidden_layers": 0}, gradient_checkpointing=True)
+    again.tokenizer = policy.tokenizer
     with pytest.raises(InputError) as raised:
         again.build()
     assert str(raised.value) == (
