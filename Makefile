@@ -39,11 +39,11 @@ install: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + "; sppo-lightning needs 3.11 or newer: make PYTHON=python3.11")'
 	@echo "==> environment in $(VENV)"
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || (echo "$(PYTHON) has no venv module; install it (Debian: python3-venv)."; exit 1)
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || (echo "$(PYTHON) has no venv module; install it (Debian: python3-venv)."; exit 1)
 	@echo "==> installing torch, then the rest (some minutes the first time)"
 	@$(RUN) -m pip install --quiet --constraint constraints.txt torch
 	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info
