@@ -77,7 +77,8 @@ def load_model(
             built = AutoConfig.for_model(model_type, **settings | _head_options(options))
             attention = {k: v for k, v in options.items() if k == "attn_implementation"}
             model = auto_class.from_config(built, dtype=torch.float32, **attention)
-        except ValueError as error:
+        except (ImportError, ValueError) as error:
+            _check_attention(error, setting, options)
             raise InputError(
                 f"`{setting}.config.model_type`={model_type!r} cannot be built as {auto_class.__name__} "
                 f"({_first_sentence(error)}); use another family, such as qwen2."
@@ -88,7 +89,8 @@ def load_model(
             model = auto_class.from_pretrained(
                 pretrained, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
             )
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
+            _check_attention(error, setting, options)
             raise InputError(
                 f"`{setting}.pretrained`={pretrained!r} cannot be loaded as {auto_class.__name__} "
                 f"({_first_sentence(error)}); give the folder or hub id of another model, "
@@ -118,6 +120,16 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _check_attention(error: Exception, setting: str, options: dict[str, Any]) -> None:
+    """Raise `InputError` where `error` is about the attention asked for: a package missing, or no such name."""
+    name = options.get("attn_implementation")
+    if name and ("attn_implementation" in str(error) or "Attention" in str(error)):
+        raise InputError(
+            f"`{setting}.attn_implementation`={name!r} cannot be used here ({_first_sentence(error)}); "
+            "use sdpa or eager."
+        ) from error
 
 
 def _first_sentence(error: Exception) -> str:

@@ -111,6 +111,19 @@ def test_a_config_that_cannot_be_used(config: Any, sentence: str):
     assert str(raised.value) == sentence
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "flashy"])
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_an_attention_that_cannot_be_used(tmp_path: Path, name: str, from_folder: bool):
+    config = family_config("qwen2", 38)
+    if from_folder:
+        load_model(AutoModelForCausalLM, None, config, setting="model.policy").save_pretrained(tmp_path)  # type: ignore[operator]
+    where = (str(tmp_path), None) if from_folder else (None, config)
+    with pytest.raises(InputError) as raised:
+        load_model(AutoModelForCausalLM, *where, setting="model.policy", attn_implementation=name)
+    assert str(raised.value).startswith(f"`model.policy.attn_implementation`={name!r} cannot be used here (")
+    assert str(raised.value).endswith("); use sdpa or eager.")
+
+
 def test_weights_are_float32_and_dropout_is_off_whatever_the_folder_says(tmp_path: Path):
     config = family_config("gpt2", 38) | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
     first = load_model(AutoModelForCausalLM, None, config, setting="model.policy")

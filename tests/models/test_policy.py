@@ -63,11 +63,19 @@ def test_a_model_that_treats_its_logits_in_a_way_of_its_own():
         def head(self) -> dict[str, Any]:
             return super().head() | {"scale": 1.0}
 
-    settings = family_config("granite", len(Forgetful.tokenizer)) | {"initializer_range": 1.0}
+    settings = family_config("granite", len(Forgetful.tokenizer))  # whose fresh logits are as small as 0.01
     with pytest.raises(InputError) as raised:
         Forgetful(config=settings).build()
     assert "GraniteForCausalLM changes its logits in a way that CausalLMPolicy does not know" in str(raised.value)
     assert str(raised.value).endswith("override CausalLMPolicy.head for it.")
+
+
+def test_the_check_of_the_head_leaves_the_attention_that_was_asked_for():
+    """Flash kernels refuse float32, in which models are loaded, and CPUs, on which they may be."""
+    policy = make_policy()
+    policy.model.config._attn_implementation = "flash_attention_2"
+    policy._check_head()
+    assert policy.model.config._attn_implementation == "flash_attention_2"
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, [1]), (1, [1]), (7, [1, 7]), ([9, 5], [1, 5, 9])])
