@@ -47,6 +47,11 @@ class PolicyModule(LightningModule):
                 raise InputError(
                     f"`trainer.{name}`={value} does not apply here; remove it and set `{instead}` instead."
                 )
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise InputError(
+                f"`trainer.precision`={self.trainer.precision} multiplies gradients by a scale that "
+                "`max_grad_norm` would take for their size; use bf16-mixed."
+            )
         return []
 
     def setup(self, stage: str) -> None:

@@ -2,7 +2,9 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny import Recites, TableVerifier, loader, make_batch, make_critic, make_policy, make_trainer
 
 from sppo_lightning import SFTModule, SPPOModule
@@ -156,6 +158,14 @@ def test_a_stage_in_the_wrong_place_is_named():
 def test_trainer_settings_that_do_not_apply(setting: str, value: float, instead: str):
     assert sentence(recites(), table(), **{setting: value}) == (
         f"`trainer.{setting}`={value} does not apply here; remove it and set `{instead}` instead."
+    )
+
+
+def test_a_precision_that_scales_gradients_is_refused():
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    assert sentence(recites(), table(), plugins=[plugin]) == (
+        "`trainer.precision`=16-mixed multiplies gradients by a scale that `max_grad_norm` would take for their size; "
+        "use bf16-mixed."
     )
 
 

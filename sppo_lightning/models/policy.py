@@ -144,8 +144,8 @@ class CausalLMPolicy(nn.Module):
         if not difference <= 1e-2 * size:
             raise InputError(
                 f"`model.policy`={self.pretrained or self.config!r}: {type(self.model).__name__} changes its "
-                f"logits in a way that CausalLMPolicy does not know (they are up to {size:.2g} and ours differ by up "
-                f"to {difference:.2g}); override CausalLMPolicy.head for it."
+                f"logits in a way that CausalLMPolicy does not know (they are up to {size:.2g} and ours differ by "
+                f"up to {difference:.2g}); override CausalLMPolicy.head for it."
             )
 
 
