@@ -4,8 +4,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_REQUIRE_VIRTUALENV = 1
 
-.PHONY: quickstart test slow lint wheel clean install
+.PHONY: help quickstart test slow lint wheel clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +25,7 @@ test: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow"
 
 slow: install
+	@echo "==> slow tests"
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 lint: install
@@ -37,12 +39,15 @@ wheel: install
 install: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); name one from 3.11 on: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + "; sppo-lightning needs 3.11 or newer: make PYTHON=python3.11")'
 	@echo "==> environment in $(VENV)"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || (echo "$(PYTHON) has no venv module; install it (Debian: python3-venv)."; exit 1)
 	@echo "==> installing torch, then the rest (some minutes the first time)"
-	@$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@start=$$(date +%s); \
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch && \
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]" && \
+	echo "    installed in $$(($$(date +%s) - start)) s"
 	@touch $(STAMP)
 
 clean:
