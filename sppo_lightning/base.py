@@ -82,7 +82,6 @@ class PolicyModule(LightningModule):
         }
         optimizer: Any = self.optimizers()
         optimizer.step()
-        torch.clear_autocast_cache()  # mixed precision would go on with the old weights, cast before the step
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()

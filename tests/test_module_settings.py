@@ -140,7 +140,7 @@ def test_other_precisions(precision: str, dtype: torch.dtype):
 
 
 def test_every_update_sees_the_weights_of_the_one_before_under_mixed_precision():
-    """Autocast keeps the weights that it has cast, and one iteration runs within one autocast context."""
+    """An iteration is one autocast context, which must not cache weights: Lightning's does not."""
 
     class Compares(SPPOModule):
         def count(self, meter: Any, micro: Any, *losses: Any) -> None:
