@@ -111,7 +111,7 @@ def check_config_files(arguments: Sequence[str]) -> None:
             line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             reason = getattr(error, "problem", None) or str(error)
             raise InputError(f"`--config`={name} is not valid YAML{line}: {reason}.") from error
-        if node is not None and not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, yaml.MappingNode):
             raise InputError(
                 f"`--config`={name} holds no settings by name; write `model:`, `data:` and `trainer:` with theirs."
             )

@@ -280,12 +280,17 @@ def test_what_a_component_refuses(refused: Callable[..., str], path: list[Any], 
             ["fit", "-c", "list.yaml"],
             "`--config`=list.yaml holds no settings by name; write `model:`, `data:` and `trainer:` with theirs.",
         ),
+        (
+            ["fit", "--config=empty.yaml"],
+            "`--config`=empty.yaml holds no settings by name; write `model:`, `data:` and `trainer:` with theirs.",
+        ),
     ],
-    ids=["no command", "command", "argument", "missing file", "invalid YAML", "list"],
+    ids=["no command", "command", "argument", "missing file", "invalid YAML", "list", "empty"],
 )
 def test_a_command_line_that_cannot_be_read(refused: Callable[..., str], arguments: list[str], said: str):
     Path("run.yaml").write_text("a: [1, 2\nb: }")
     Path("list.yaml").write_text("- 1\n- 2\n")
+    Path("empty.yaml").touch()
     assert refused(*arguments) == said
 
 
