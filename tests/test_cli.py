@@ -20,11 +20,6 @@ def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.chdir(tmp_path)
 
 
-)
-def test_an_unknown_argument_beside_a_config(refused: Callable[..., str], argument: str, said: str):
-    assert refused("fit", "--config", changed(["seed_everything"], 1), argument) == said
-
-
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(list(arguments))

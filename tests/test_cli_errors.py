@@ -301,3 +301,6 @@ def test_a_command_line_that_cannot_be_read(refused: Callable[..., str], argumen
             "`mini_batchsize` is not a setting of sppo_lightning.SPPOModule (in `model`); the nearest is `mini_batch_size`.",
         ),
     ],
+)
+def test_an_unknown_argument_beside_a_config(refused: Callable[..., str], argument: str, said: str):
+    assert refused("fit", "--config", changed(["seed_everything"], 1), argument) == said
