@@ -19,6 +19,9 @@ class ChainTask(PromptSource):
     The prompt `9 a +3 b +1 ;` is answered by `a 9 +3 = 2 b 2 +1 = 3 ; \boxed{ 3 }`: each step copies its
     label, recalls the running value, copies the operation and computes. Prompts of the two splits are disjoint.
 
+    With `slips`, the worked solutions are a careless pupil's: `slips: {3: 0.6}` has 6 in 10 of the steps `+3` come
+    out one too low, and go on from there. Whoever imitates them makes the same mistakes; answers are always right.
+
     Args:
         operations: Chain lengths and their shares, such as `{2-5: 0.9, 6-10: 0.1}`.
         size: Number of prompts.
@@ -26,6 +29,7 @@ class ChainTask(PromptSource):
         seed: Decides which prompts are drawn.
         max_operand: Operands are drawn from 1 to this, at most 9; more of them take longer to learn.
         demonstrations: Give every prompt its worked solution, for the supervised warm start.
+        slips: Chance, by operand, that a worked solution gets a step with it wrong.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class ChainTask(PromptSource):
         seed: int = 0,
         max_operand: int = 3,
         demonstrations: bool = False,
+        slips: dict[int, float] | None = None,
     ) -> None:
         self.ranges = [_parse_range(text) for text in operations]
         self.shares = list(operations.values())
@@ -44,6 +49,9 @@ class ChainTask(PromptSource):
         self.seed = seed
         self.max_operand = max_operand
         self.demonstrations = demonstrations
+        self.slips = slips or {}
+        if any(not 0 <= chance <= 1 for chance in self.slips.values()):
+            raise InputError(f"`slips`={self.slips} of ChainTask holds what is no chance; use numbers from 0 to 1.")
         if not 1 <= max_operand <= 9:
             raise InputError(f"`max_operand`={max_operand} of ChainTask is no digit; use 1 to 9.")
         if size < 1 or not operations or min(self.shares) < 0 or sum(self.shares) <= 0:
@@ -60,7 +68,7 @@ class ChainTask(PromptSource):
         found: dict[str, Mapping[str, Any]] = {}
         for _ in range(100 * self.size):
             low, high = rng.choices(self.ranges, self.shares)[0]
-            row = _chain(rng, rng.randint(low, high), self.max_operand)
+            row = self._chain(rng, rng.randint(low, high))
             if _split_of(row["prompt"]) == self.split and row["prompt"] not in found:
                 found[row["prompt"]] = row if self.demonstrations else {**row, "demonstration": None}
                 if len(found) == self.size:
@@ -70,22 +78,22 @@ class ChainTask(PromptSource):
             "chains."
         )
 
-
-def _chain(rng: random.Random, operations: int, max_operand: int) -> dict[str, Any]:
-    value = rng.randrange(10)
-    labels = sorted(rng.sample(LABELS, operations))
-    prompt, steps = [str(value)], []
-    for label in labels:
-        operand = rng.randint(1, max_operand)
-        prompt += [label, f"+{operand}"]
-        steps += [label, str(value), f"+{operand}", "=", str((value + operand) % 10)]
-        value = (value + operand) % 10
-    return {
-        "prompt": " ".join([*prompt, ";"]),
-        "answer": str(value),
-        "demonstration": " ".join([*steps, ";", r"\boxed{", str(value), "}"]),
-        "operations": operations,
-    }
+    def _chain(self, rng: random.Random, operations: int) -> dict[str, Any]:
+        true = written = rng.randrange(10)
+        prompt, steps = [str(true)], []
+        for label in sorted(rng.sample(LABELS, operations)):
+            operand = rng.randint(1, self.max_operand)
+            slip = int(rng.random() < self.slips[operand]) if operand in self.slips else 0
+            prompt += [label, f"+{operand}"]
+            steps += [label, str(written), f"+{operand}", "="]
+            true, written = (true + operand) % 10, (written + operand - slip) % 10
+            steps.append(str(written))
+        return {
+            "prompt": " ".join([*prompt, ";"]),
+            "answer": str(true),
+            "demonstration": " ".join([*steps, ";", r"\boxed{", str(written), "}"]),
+            "operations": operations,
+        }
 
 
 def _split_of(prompt: str) -> str:
