@@ -56,7 +56,7 @@ class SampleLog(Callback):
         self._values = None
         if self._is_due(trainer) and len(batch):
             with trainer.precision_plugin.forward_context():
-                self._values = pl_module.prompt_values(batch.prompts)  # type: ignore[operator]
+                self._values = pl_module.prompt_values(batch)  # type: ignore[operator]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.batch import PromptBatch
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation
 from sppo_lightning.models import CausalLMPolicy
@@ -75,12 +75,19 @@ class PolicyModule(LightningModule):
         self.last_phase_seconds, self.phase_seconds = seconds, {}
 
     def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]]) -> dict[str, Tensor]:
-        """Clip each module's gradient, take one step, advance the schedule; the norms before clipping."""
+        """Clip each module's gradient, take one step, advance the schedule; the norms before clipping.
+
+        A parameter group that is not among `modules` stays as it is.
+        """
         norms = {
             name: nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
             for name, (module, settings) in modules.items()
         }
         optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            if group["name"] not in modules:
+                for parameter in group["params"]:
+                    parameter.grad = None  # a gradient of zero would still decay the weights
         optimizer.step()
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
@@ -98,15 +105,15 @@ class PolicyModule(LightningModule):
         with strategy.block_backward_sync() if quiet else nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss * self.trainer.world_size)
 
-    def prompt_values(self, prompts: list[Prompt]) -> Tensor | None:
-        """The critic's chance of success for each prompt, `[N]`; None without a critic."""
+    def prompt_values(self, batch: PromptBatch) -> Tensor | None:
+        """The critic's chance of success for each prompt, `[B]`; None without a critic."""
         return None
 
     def _evaluate(self, batch: PromptBatch, dataloader_idx: int) -> None:
         if not len(batch):
             return  # this rank's share of the last batch is empty
         assert batch.rollouts is not None
-        values = self.prompt_values(batch.prompts)
+        values = self.prompt_values(batch)
         spread = None if values is None else values[batch.rollouts.prompt_index]
         self.evaluation.update(dataloader_idx, batch.rollouts, spread)
         if batch.greedy_rollouts is not None:

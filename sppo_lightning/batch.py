@@ -7,7 +7,7 @@ Every tensor's shape is said here and nowhere else. `B` prompts, `N` responses (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -88,6 +88,11 @@ class Rollouts:
         """`[N]`: weighted sum of the centred shaping scores; NaN where any of them gave no verdict."""
         return self._weighted("shaping")[0]
 
+    @property
+    def lengths(self) -> list[int]:
+        """`N` row lengths in tokens, prompt and response."""
+        return (self.prompt_mask.sum(1) + self.response_mask.sum(1)).long().tolist()
+
     def rows(self, index: Sequence[int]) -> Rollouts:
         """The responses at `index`, in that order, as new rollouts."""
         picked = torch.as_tensor(index, dtype=torch.long, device=self.prompt_index.device)
@@ -105,13 +110,39 @@ class Rollouts:
 
 
 @dataclass
+class Outcomes:
+    """What advantages are made of, all from before the iteration's first update."""
+
+    rollouts: Rollouts
+    rewards: Tensor  # [N], R in [0, 1]; 0 where there is no verdict
+    verdicts: Tensor  # [N], bool; False where a verifier gave no verdict, so that the row teaches nothing
+    value_logits: Tensor | None = None  # [N], `v` of a critic that reads prompts
+    token_values: Tensor | None = None  # [N, T], V(s_t) of a critic that reads tokens, before it sees token t
+    penalties: Tensor | None = None  # [N, T], β · KL estimate, where that is part of the reward
+    greedy_rewards: Tensor | None = None  # [N], R of the greedy response to the same prompt
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """`[N, T]`: the response tokens of the rows that have a verdict."""
+        return self.rollouts.response_mask * self.verdicts[:, None]
+
+    @property
+    def penalized_rewards(self) -> Tensor:
+        """`[N]`: `R` minus the response's penalties."""
+        return self.rewards if self.penalties is None else self.rewards - (self.penalties * self.mask).sum(1)
+
+
+@dataclass
 class Experience:
     """What the updates of one iteration learn from; frozen before the first of them."""
 
     rollouts: Rollouts
     rewards: Tensor  # [N], R in [0, 1]; 0 where there is no verdict
-    advantages: Tensor  # [N]
+    advantages: Tensor  # [N], or [N, T] where each token has its own
     verdicts: Tensor  # [N], bool; False where a verifier gave no verdict, so that the row teaches nothing
+    values: Tensor | None = None  # V of the critic before the updates: [N], or [N, T]
+    targets: Tensor | None = None  # what V should have been, of the same shape
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -124,21 +155,38 @@ class Experience:
     @property
     def lengths(self) -> list[int]:
         """`N` row lengths in tokens, prompt and response."""
-        return (self.rollouts.prompt_mask.sum(1) + self.rollouts.response_mask.sum(1)).long().tolist()
+        return self.rollouts.lengths
+
+    @property
+    def informative(self) -> list[int]:
+        """The rows with a verdict and an advantage other than exactly 0: all that a policy gradient comes from."""
+        moves = self.advantages.reshape(len(self), -1).ne(0).any(dim=1) if len(self) else self.verdicts
+        return (moves & self.verdicts).nonzero().squeeze(1).tolist()
 
     def rows(self, index: Sequence[int]) -> Experience:
         """The rows at `index`, in that order."""
         picked = torch.as_tensor(index, dtype=torch.long, device=self.rewards.device)
         return Experience(
-            self.rollouts.rows(index), self.rewards[picked], self.advantages[picked], self.verdicts[picked]
+            self.rollouts.rows(index),
+            self.rewards[picked],
+            self.advantages[picked],
+            self.verdicts[picked],
+            None if self.values is None else self.values[picked],
+            None if self.targets is None else self.targets[picked],
         )
+
+    def without_verdicts(self) -> Experience:
+        """The same rows, of which none teaches anything: for a rank that is done to go on with the others."""
+        return dataclasses.replace(self, verdicts=torch.zeros_like(self.verdicts))
 
 
 @dataclass
-class MicroBatch(Experience):
-    """The rows of one backward."""
+class MicroBatch:
+    """The rows of one backward, and the critic's."""
 
-    index: list[int]  # N, their positions in the mini-batch of this rank
+    policy: Experience
+    critic: Experience  # other rows: a prompt without its response is short, and each has a target
+    index: list[int]  # positions of the policy's rows in the mini-batch of this rank
     share: float  # 1 / (micro-batches of the mini-batch over all ranks)
     last: bool  # whether it is the last of its mini-batch
 

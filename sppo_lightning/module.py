@@ -1,47 +1,52 @@
-"""Sequence-Level PPO (arXiv 2604.08865) as a LightningModule."""
+"""Sequence-Level PPO (arXiv 2604.08865) as a LightningModule, and the algorithms that differ in a component."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sppo_lightning import functional
+from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
-from sppo_lightning.base import PolicyModule
-from sppo_lightning.batch import Experience, MicroBatch, Prompt, PromptBatch
+from sppo_lightning.batch import Experience, MicroBatch, Outcomes, PromptBatch, Rollouts
 from sppo_lightning.batching import check_mini_batch_size, micro_batches, mini_batches
-from sppo_lightning.errors import InputError
-from sppo_lightning.evaluation import critic_metrics
+from sppo_lightning.combination import check_combination, check_sampling
 from sppo_lightning.functional import KLEstimator
 from sppo_lightning.meter import Meter
-from sppo_lightning.models import CausalLMPolicy, PromptCritic
-from sppo_lightning.objectives import Objective, TokenClipObjective
-from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
+from sppo_lightning.models import CausalLMPolicy, Critic
+from sppo_lightning.objectives import BinaryCrossEntropy, Objective, TokenClipObjective, ValueLoss
+from sppo_lightning.optim import GroupOptimizer, Schedule
+from sppo_lightning.step_metrics import count_micro_batch, iteration_metrics
+from sppo_lightning.warmup import CriticWarmup
 
 
-class SPPOModule(PolicyModule):
+class SPPOModule(ActorCritic):
     """Owns the policy, the critic and, where something uses it, the reference; trains them on scored rollouts.
 
     Args:
         policy: The model that is trained.
-        critic: Predicts from the prompt alone the chance that the policy succeeds.
+        critic: Predicts the chance that the policy succeeds; SPPO's reads the prompt alone.
         advantage: Turns rewards and values into advantages; SPPO's `A = R − V` by default.
         objective: The policy loss; PPO's token-level clip by default.
+        critic_objective: The critic's loss; SPPO's binary cross-entropy by default.
+        critic_warmup: Lets the critic learn before the policy moves.
         policy_optimizer: Learning rate, weight decay and gradient clip of the policy.
         critic_optimizer: Learning rate, weight decay and gradient clip of the critic.
         lr_schedule: How learning rates go on after the warm-up, in updates.
         warmup_updates: Updates over which the learning rates rise from zero.
         mini_batch_size: Sequences of one update over all ranks; the whole iteration when left out.
         micro_batch_tokens: Token budget of one forward and backward on one rank, padding included.
-        kl_coef: Weight of the KL penalty to the reference in the loss; 0 loads no reference.
+        kl_coef: Weight of the KL penalty to the reference; 0 loads no reference.
         kl_estimator: Estimator of that KL divergence.
+        kl_in: Whether the penalty is a term of the `loss` or is subtracted from the `reward`, token by token; the
+            critic's target is the verifiers' reward either way.
         recompute_old_log_probs: Take the ratio's denominator from the trainer's own forward; if false, from the
-            sampler, which saves a forward where both agree (`sampler/logprob_gap` says how well).
+            sampler, which saves a forward where both agree (`sampler/logprob_gap` says how well). Responses of
+            another policy than the present one are always compared with what their sampler said.
     """
 
     needs_in_fit = frozenset({"rollouts", "scores"})
@@ -49,9 +54,11 @@ class SPPOModule(PolicyModule):
     def __init__(
         self,
         policy: CausalLMPolicy,
-        critic: PromptCritic | None = None,
+        critic: Critic | None = None,
         advantage: Advantage | None = None,
         objective: Objective | None = None,
+        critic_objective: ValueLoss | None = None,
+        critic_warmup: CriticWarmup | None = None,
         policy_optimizer: GroupOptimizer = GroupOptimizer(),  # noqa: B008 (frozen)
         critic_optimizer: GroupOptimizer = GroupOptimizer(lr=5e-6),  # noqa: B008 (frozen)
         lr_schedule: Schedule = "constant",
@@ -60,65 +67,114 @@ class SPPOModule(PolicyModule):
         micro_batch_tokens: int = 16384,
         kl_coef: float = 0.0,
         kl_estimator: KLEstimator = "k3",
+        kl_in: Literal["loss", "reward"] = "loss",
         recompute_old_log_probs: bool = True,
     ) -> None:
-        super().__init__(policy)
-        self.critic = critic
-        self.reference: CausalLMPolicy | None = None
+        super().__init__(
+            policy,
+            critic,
+            critic_objective or BinaryCrossEntropy(),
+            critic_warmup,
+            policy_optimizer,
+            critic_optimizer,
+            lr_schedule,
+            warmup_updates,
+            micro_batch_tokens,
+        )
         self.advantage = advantage or SequenceAdvantage()
         self.objective = objective or TokenClipObjective()
-        self.policy_optimizer = policy_optimizer
-        self.critic_optimizer = critic_optimizer
-        self.lr_schedule = lr_schedule
-        self.warmup_updates = warmup_updates
         self.mini_batch_size = mini_batch_size
-        self.micro_batch_tokens = micro_batch_tokens
         self.kl_coef = kl_coef
         self.kl_estimator = kl_estimator
+        self.kl_in = kl_in
         self.recompute_old_log_probs = recompute_old_log_probs
-        if self.advantage.needs_critic and critic is None:
-            raise InputError(
-                f"`advantage`={type(self.advantage).__name__} needs a critic; set `model.critic`, for instance to "
-                "sppo_lightning.models.PromptCritic."
-            )
+        check_combination(self)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration of SPPO: every prompt's response is one action; a mini-batch is one update."""
         start, meter = time.perf_counter(), Meter()
         rollouts = batch.rollouts
         assert rollouts is not None
-        # R in [0, 1], by the verifiers; a response without a verdict teaches nothing
-        verdicts = ~(rollouts.rewards + rollouts.shaping).isnan()
-        rewards = rollouts.rewards.nan_to_num()
         with torch.no_grad():
-            # V(s_p) = sigmoid(v): the critic reads the prompt and never the response
-            values = None if self.critic is None else self.value_logits(batch.prompts)[rollouts.prompt_index]
+            # R in [0, 1], by the verifiers; V(s_p) = sigmoid(v): the critic reads the prompt, never the response
+            outcomes = self.outcomes(batch, rollouts)
             # A = R − V, before this batch's updates, the same for every token, not whitened
-            advantages = self.advantage(rollouts, rewards, values) + rollouts.shaping.nan_to_num()
-        experience = Experience(rollouts, rewards, advantages, verdicts)
+            experience = self.experience(outcomes, self.advantage(outcomes))
         updates = [experience.rows(rows) for rows in self.mini_batch_rows(len(experience))]
         denominators = self.ratio_denominators(updates)
         for update, old_log_probs in zip(updates, denominators, strict=True):
             # tokens and sequences of the whole mini-batch over all ranks: the loss does not depend on the cut
             counts = self.global_counts(update)
             for micro in self.micro_batches(update):
-                log_probs, entropy = self.policy(micro.rollouts)
+                log_probs, entropy = self.policy(micro.policy.rollouts)
                 old = log_probs.detach() if old_log_probs is None else old_log_probs[micro.index]
                 # r_t = π(y_t|…) / π_old(y_t|…), clipped; the loss is −min(r_t A, clip(r_t) A)
-                policy_loss, stats = self.objective(
-                    log_probs, old, micro.advantages, micro.mask, counts[self.objective.denominator_unit]
-                )
+                rows, denominator = micro.policy, counts[self.objective.denominator_unit]
+                policy_loss, stats = self.objective(log_probs, old, rows.advantages, rows.mask, denominator)
                 # binary cross-entropy between v and R
-                value_loss = self.value_loss(micro, counts["sequences"])
-                kl_loss = self.kl_loss(micro, log_probs, counts["tokens"])
-                self.accumulate(policy_loss + value_loss + self.kl_coef * kl_loss, micro.last)
-                self.count(meter, micro, policy_loss, value_loss, kl_loss, stats, log_probs, entropy)
-            for name, norm in self.step_optimizer(self.trained_modules()).items():
+                value_loss = self.value_loss(micro.critic, counts)
+                kl_loss = self.kl_loss(rows, log_probs, counts["tokens"])
+                self.accumulate(total(policy_loss, value_loss, self.kl_coef, kl_loss), micro.last)
+                losses = {"policy/loss": policy_loss, "critic/loss": value_loss, "policy/kl": kl_loss}
+                on_policy = rollouts.policy_version == self.trainer.global_step
+                count_micro_batch(meter, micro, losses, stats, log_probs, entropy, on_policy)
+            for name, norm in self.step_optimizer(self.moving_modules()).items():
                 meter.add(f"{name}/grad_norm", norm)
-        self.log_iteration(meter, experience, values)
+        self.report(meter, experience)
         self.end_iteration(time.perf_counter() - start)
 
-    # ------------------------------------------------------------------ what the step is made of
+    # ------------------------------------------------------------------ what advantages are made of
+
+    def outcomes(self, batch: PromptBatch, rollouts: Rollouts) -> Outcomes:
+        """Rewards, verdicts and the critic's view of the responses."""
+        greedy, verdicts = None, ~(rollouts.rewards + rollouts.shaping).isnan()
+        if self.advantage.needs_greedy:
+            assert batch.greedy_rollouts is not None
+            greedy = batch.greedy_rollouts.rewards[rollouts.prompt_index]
+            verdicts = verdicts & ~greedy.isnan()
+        outputs = self.critic_outputs(rollouts)
+        return Outcomes(
+            rollouts,
+            rewards=rollouts.rewards.nan_to_num(),
+            verdicts=verdicts,
+            value_logits=outputs if outputs is not None and outputs.ndim == 1 else None,
+            token_values=self.critic_objective.predict(outputs)
+            if outputs is not None and outputs.ndim == 2
+            else None,
+            penalties=self.reward_penalties(rollouts),
+            greedy_rewards=greedy if greedy is None else greedy.nan_to_num(),
+            sum_over_ranks=lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="sum"),
+        )
+
+    def experience(self, outcomes: Outcomes, advantages: Tensor) -> Experience:
+        """What the updates learn from: shaping joins the advantages, and never the critic's targets."""
+        rollouts, shaping = outcomes.rollouts, outcomes.rollouts.shaping.nan_to_num()
+        advantages = advantages + (shaping[:, None] * outcomes.mask if advantages.ndim == 2 else shaping)
+        values = outcomes.token_values
+        if outcomes.value_logits is not None:
+            values = self.critic_objective.predict(outcomes.value_logits)
+        targets = self.advantage.value_targets(outcomes)
+        return Experience(rollouts, outcomes.rewards, advantages, outcomes.verdicts, values, targets)
+
+    def critic_outputs(self, rollouts: Rollouts) -> Tensor | None:
+        """The critic's outputs without gradient, within the token budget: `[N]`, or `[N, T]`."""
+        if self.critic is None:
+            return None
+        groups = micro_batches(self.critic.lengths(rollouts), self.micro_batch_tokens)
+        outputs = torch.cat([self.critic.outputs(rollouts.rows(group)) for group in groups])
+        order = torch.tensor([i for group in groups for i in group], device=outputs.device)
+        return outputs[order.argsort()]
+
+    def reward_penalties(self, rollouts: Rollouts) -> Tensor | None:
+        """`β · KL` estimates `[N, T]` that are subtracted from the reward; None where the loss holds them."""
+        if not self.kl_coef or self.kl_in == "loss":
+            return None
+        assert self.reference is not None
+        reference = self.frozen_log_probs(self.reference, rollouts, range(len(rollouts)))
+        penalty = functional.kl_penalty(rollouts.sampled_log_probs, reference, self.kl_estimator)
+        return self.kl_coef * penalty * rollouts.response_mask
+
+    # ------------------------------------------------------------------ how the iteration is cut
 
     def mini_batch_rows(self, rows: int) -> list[range]:
         """The rows of this rank that belong to each update."""
@@ -126,16 +182,37 @@ class SPPOModule(PolicyModule):
         size = check_mini_batch_size(rows * ranks, self.mini_batch_size, ranks)
         return mini_batches(rows, size // ranks)
 
+    def rows_that_move_the_policy(self, update: Experience) -> list[int]:
+        """The rows of the policy's forward: where the advantage is exactly 0 there is no gradient, but a KL's."""
+        if "policy" not in self.moving_modules():
+            return []
+        return list(range(len(update))) if self.kl_coef and self.kl_in == "loss" else update.informative
+
     def micro_batches(self, update: Experience) -> Iterator[MicroBatch]:
         """The rows of each backward, by the token budget; as many on every rank, for collectives to meet."""
-        groups = micro_batches(update.lengths, self.micro_batch_tokens)
-        most = int(self.trainer.strategy.reduce(torch.tensor(len(groups), device=self.device), reduce_op="max"))
+        groups = self.groups_of(update.rollouts, self.rows_that_move_the_policy(update))
+        critic_lengths = [] if self.critic is None else self.critic.lengths(update.rollouts)
+        for_critic = micro_batches(critic_lengths, self.micro_batch_tokens)
+        idle = update.rows([0]).without_verdicts()  # what a rank that is done goes on with
+        most = self.most_over_ranks(max(len(groups), len(for_critic), 1))
         for i in range(most):
-            index = groups[i] if i < len(groups) else [0]  # a rank that is done goes on with a row that is masked
-            rows = update.rows(index)
-            verdicts = rows.verdicts if i < len(groups) else torch.zeros_like(rows.verdicts)
-            share = 1.0 / (most * self.trainer.world_size)
-            yield MicroBatch(rows.rollouts, rows.rewards, rows.advantages, verdicts, index, share, i == most - 1)
+            yield MicroBatch(
+                policy=update.rows(groups[i]) if i < len(groups) else idle,
+                critic=update.rows(for_critic[i]) if i < len(for_critic) else idle,
+                index=groups[i] if i < len(groups) else [0],
+                share=1.0 / (most * self.trainer.world_size),
+                last=i == most - 1,
+            )
+
+    def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
+        """`rows` in groups within the token budget of one forward."""
+        lengths = rollouts.lengths
+        groups = micro_batches([lengths[row] for row in rows], self.micro_batch_tokens)
+        return [[rows[i] for i in group] for group in groups]
+
+    def most_over_ranks(self, number: int) -> int:
+        """The greatest `number` of all ranks; each goes on to it with rows that are masked."""
+        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="max"))
 
     def global_counts(self, update: Experience) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict of this mini-batch, over all ranks; at least 1 each."""
@@ -143,126 +220,85 @@ class SPPOModule(PolicyModule):
         tokens, sequences = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1.0)
         return {"tokens": tokens, "sequences": sequences}
 
+    # ------------------------------------------------------------------ ratio, value loss and KL
+
     def ratio_denominators(self, updates: list[Experience]) -> list[Tensor | None]:
         """Log-probabilities `[N, T]` in the ratio's denominator, per update, frozen before the first one.
 
         None stands for the current ones: what the first update compares with itself needs no extra forward.
         """
+
+        def frozen(policy: CausalLMPolicy, update: Experience) -> Tensor:
+            return self.frozen_log_probs(policy, update.rollouts, self.rows_that_move_the_policy(update))
+
         if self.objective.needs_reference:
             assert self.reference is not None
-            return [self.frozen_log_probs(self.reference, update) for update in updates]
-        if not self.recompute_old_log_probs:
+            return [frozen(self.reference, update) for update in updates]
+        on_policy = updates[0].rollouts.policy_version == self.trainer.global_step
+        if not (self.recompute_old_log_probs and on_policy):
             return [update.rollouts.sampled_log_probs for update in updates]
-        return [None, *(self.frozen_log_probs(self.policy, update) for update in updates[1:])]
+        return [None, *(frozen(self.policy, update) for update in updates[1:])]
 
     @torch.no_grad()
-    def frozen_log_probs(self, policy: CausalLMPolicy, update: Experience) -> Tensor:
-        """Log-probabilities `[N, T]` under `policy`, without gradient, micro-batch by micro-batch."""
-        log_probs = torch.zeros_like(update.rollouts.sampled_log_probs)
-        for micro in self.micro_batches(update):
-            log_probs[micro.index] = policy(micro.rollouts)[0]
+    def frozen_log_probs(self, policy: CausalLMPolicy, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:
+        """Log-probabilities `[N, T]` of `rows` under `policy`, without gradient, within the token budget."""
+        log_probs = torch.zeros_like(rollouts.sampled_log_probs)
+        groups = self.groups_of(rollouts, rows)
+        for i in range(self.most_over_ranks(len(groups))):
+            index = groups[i] if i < len(groups) else [0]
+            log_probs[index] = policy(rollouts.rows(index))[0]
         return log_probs
 
-    @torch.no_grad()
-    def value_logits(self, prompts: list[Prompt]) -> Tensor:
-        """The critic's logits `v`, `[N]`, without gradient, within the token budget."""
-        assert self.critic is not None
-        groups = micro_batches([len(ids) for ids in self.critic.encode(prompts)], self.micro_batch_tokens)
-        values = torch.cat([self.critic([prompts[i] for i in group]) for group in groups])
-        order = torch.tensor([i for group in groups for i in group], device=values.device)
-        return values[order.argsort()]
-
-    def value_loss(self, micro: MicroBatch, sequences: Tensor) -> Tensor:
-        """The critic's loss on these prompts, as their share of the mini-batch's."""
+    def value_loss(self, rows: Experience, counts: dict[str, Tensor]) -> Tensor | None:
+        """The critic's loss on these rows, as their share of the mini-batch's; None without a critic."""
         if self.critic is None:
-            return micro.rewards.sum() * 0.0
-        values = self.critic(micro.rollouts.prompts)
-        return functional.critic_loss(values[micro.verdicts], micro.rewards[micro.verdicts], sequences)
+            return None
+        assert rows.values is not None
+        assert rows.targets is not None
+        outputs = self.critic.outputs(rows.rollouts)
+        kept, unit = (rows.verdicts, "sequences") if outputs.ndim == 1 else (rows.mask.bool(), "tokens")
+        return self.critic_objective(outputs[kept], rows.values[kept], rows.targets[kept], counts[unit])
 
-    def kl_loss(self, micro: MicroBatch, log_probs: Tensor, tokens: Tensor) -> Tensor:
-        """Mean KL penalty per token to the reference, as the share of the mini-batch's; 0 without one."""
-        if not self.kl_coef:
-            return log_probs.new_zeros(())
+    def kl_loss(self, rows: Experience, log_probs: Tensor, tokens: Tensor) -> Tensor | None:
+        """Mean KL penalty per token to the reference, as the share of the mini-batch's; None without one."""
+        if not self.kl_coef or self.kl_in == "reward":
+            return None
         assert self.reference is not None
         with torch.no_grad():
-            reference = self.reference(micro.rollouts)[0]
+            reference = self.reference(rows.rollouts)[0]
         penalty = functional.kl_penalty(log_probs, reference, self.kl_estimator)
-        return functional.aggregate(penalty, micro.mask, "token-mean", tokens)
+        return functional.aggregate(penalty, rows.mask, "token-mean", tokens)
 
-    # ------------------------------------------------------------------ metrics
+    # ------------------------------------------------------------------ the run around the step
 
-    def count(self, meter, micro, policy_loss, value_loss, kl_loss, stats, log_probs, entropy) -> None:
-        """Add one micro-batch's losses (shares of the mini-batch's) and statistics (means over tokens)."""
-        meter.add_share("policy/loss", policy_loss, micro.share)
-        if self.critic is not None:
-            meter.add_share("critic/loss", value_loss, micro.share)
-        if self.kl_coef:
-            meter.add_share("policy/kl", kl_loss, micro.share)
-        tokens = micro.mask.sum()
-        for name, value in stats.items():
-            meter.add(f"policy/{name}", value, tokens)
-        mask = micro.mask.bool()
-        meter.add("policy/entropy", entropy[mask].mean(), tokens)
-        if micro.rollouts.policy_version == self.trainer.global_step:  # the weights are still the sampler's
-            gap = (log_probs.detach() - micro.rollouts.sampled_log_probs).abs()[mask].mean()
-            meter.add("sampler/logprob_gap", gap, tokens)
-
-    def log_iteration(self, meter: Meter, experience: Experience, values: Tensor | None) -> None:
-        """Log the iteration's metrics over all ranks."""
-        self.log_dict(meter.means(self.trainer.strategy))
-        learned = experience.verdicts
-        columns = [experience.rewards, experience.advantages, learned.float()]
-        columns += [] if values is None else [values.sigmoid()]
-        table = torch.as_tensor(self.all_gather(torch.stack(columns, dim=1))).reshape(-1, len(columns))
-        table = table[table[:, 2] > 0]
-        rewards, advantages = table[:, 0], table[:, 1]  # none where no response has a verdict: means are NaN
-        self.log("reward/mean", rewards.mean(), prog_bar=True)
-        self.log("advantage/std", advantages.std(correction=0))
-        self.log("advantage/positive_fraction", (advantages > 0).float().mean())
-        if values is not None:
-            self.log("critic/value_mean", table[:, 3].mean(), prog_bar=True)
-            if len(table):
-                self.log_dict(critic_metrics(table[:, 3], rewards))
-
-    def prompt_values(self, prompts: list[Prompt]) -> Tensor | None:
-        """The critic's chance of success for each prompt, `[N]`, without gradient."""
-        return None if self.critic is None else self.value_logits(prompts).sigmoid()
-
-    # ------------------------------------------------------------------ modules and their optimizer
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss, the reward, the objective or a callback uses the reference."""
+        return bool(self.kl_coef) or self.objective.needs_reference or super().needs_reference
 
     def setup(self, stage: str) -> None:
         """Check the callbacks, the trainer's settings and the batch sizes, before anything is loaded."""
         super().setup(stage)
+        if stage != "fit":
+            return
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_sampling(self, callbacks)
         data: Any = getattr(self.trainer, "datamodule", None)
-        samples = [c.sampling.samples_per_prompt for c in self.trainer.callbacks if hasattr(c, "sampling")]  # type: ignore[attr-defined]
-        if stage == "fit" and samples and getattr(data, "batch_size", None):
+        samples = [callback.sampling.samples_per_prompt for callback in callbacks if hasattr(callback, "sampling")]
+        if samples and getattr(data, "batch_size", None):
             check_mini_batch_size(data.batch_size * samples[0], self.mini_batch_size, self.trainer.world_size)
 
-    def configure_model(self) -> None:
-        """Load policy and critic, and the reference as a copy of the policy if something uses it."""
-        super().configure_model()
-        if self.critic is not None:
-            self.critic.build()
-        if self.reference is None and (self.kl_coef or self.objective.needs_reference):
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+    def report(self, meter: Meter, experience: Experience) -> None:
+        """Log the iteration over all ranks, and let the critic's warm-up see how good the critic was."""
+        metrics = iteration_metrics(self, experience)
+        for name, value in (meter.means(self.trainer.strategy) | metrics).items():
+            self.log(name, value, prog_bar=name in ("reward/mean", "critic/value_mean"))
+        if self.critic_warmup is not None:
+            self.critic_warmup.observe(self.trainer.global_step, metrics)
+            self.log("critic/warming_up", float(self.critic_warmup.running))
 
-    def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
-        """What is trained, by metric name, with its optimizer settings."""
-        modules: dict[str, tuple[nn.Module, GroupOptimizer]] = {"policy": (self.policy, self.policy_optimizer)}
-        if self.critic is not None:
-            modules["critic"] = (self.critic, self.critic_optimizer)
-        return modules
 
-    def configure_optimizers(self) -> Any:
-        """One AdamW with a group per module, so `trainer.global_step` counts updates once."""
-        optimizer, schedule = build_optimizer(
-            self.trained_modules(), self.lr_schedule, self.warmup_updates, self.trainer.max_steps
-        )
-        return [optimizer], [schedule]
-
-    @torch.no_grad()
-    def refresh_reference(self, mix: float = 1.0) -> None:
-        """`reference ← mix · policy + (1 − mix) · reference`, in place."""
-        assert self.reference is not None
-        for old, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
-            old.lerp_(new, mix)
+def total(policy_loss: Tensor, value_loss: Tensor | None, kl_coef: float, kl_loss: Tensor | None) -> Tensor:
+    """What is minimised: the policy's loss, the critic's where there is one, and `kl_coef · KL`."""
+    loss = policy_loss if value_loss is None else policy_loss + value_loss
+    return loss if kl_loss is None else loss + kl_coef * kl_loss

@@ -74,8 +74,8 @@ def test_an_advantage_with_a_baseline_needs_a_critic():
     with pytest.raises(InputError) as raised:
         SPPOModule(make_policy())
     assert str(raised.value) == (
-        "`advantage`=SequenceAdvantage needs a critic; set `model.critic`, for instance to "
-        "sppo_lightning.models.PromptCritic."
+        "`advantage`=SequenceAdvantage needs a critic; set `model.critic` to "
+        "sppo_lightning.models.PromptCritic, which reads the prompt alone."
     )
 
 
@@ -143,11 +143,11 @@ def test_every_update_sees_the_weights_of_the_one_before_under_mixed_precision()
     """An iteration is one autocast context, which must not cache weights: Lightning's does not."""
 
     class Compares(SPPOModule):
-        def count(self, meter: Any, micro: Any, *losses: Any) -> None:
+        def kl_loss(self, rows: Any, log_probs: Any, tokens: Any) -> Any:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                fresh = self.policy(micro.rollouts)[0]
-            gaps.append(float((fresh - losses[-2]).abs().max()))
-            super().count(meter, micro, *losses)
+                fresh = self.policy(rows.rollouts)[0]
+            gaps.append(float((fresh - log_probs).abs().max()))
+            return super().kl_loss(rows, log_probs, tokens)
 
     gaps: list[float] = []
     module = Compares(make_policy(), make_critic(), mini_batch_size=2, **FAST)

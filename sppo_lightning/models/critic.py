@@ -11,12 +11,13 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from sppo_lightning.batch import Prompt
+from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.errors import InputError
+from sppo_lightning.models.critic_base import Critic
 from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
 
 
-class PromptCritic(nn.Module):
+class PromptCritic(Critic):
     """A critic that reads only the prompt, with its own tokenizer: `V(s_p) = sigmoid(v)` (paper, section 3).
 
     Any causal language model serves as the backbone, of any size and family; nothing is shared with the policy
@@ -32,6 +33,8 @@ class PromptCritic(nn.Module):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         trust_remote_code: Run Python code that comes with the model.
     """
+
+    reads = "prompt"
 
     def __init__(
         self,
@@ -88,6 +91,22 @@ class PromptCritic(nn.Module):
     def value_head(self) -> nn.Linear:
         """`[H] → [1]`, the value logit."""
         return self.model.score
+
+    def lengths(self, rollouts: Rollouts) -> list[int]:
+        """`N` prompt lengths in the critic's own tokens."""
+        return [len(ids) for ids in self.encode(rollouts.prompts)]
+
+    def outputs(self, rollouts: Rollouts) -> Tensor:
+        """Value logits `v`, `[N]`, of the prompts; the responses are not read."""
+        return self(rollouts.prompts)
+
+    def prompt_lengths(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """`B` prompt lengths in the critic's own tokens."""
+        return [len(ids) for ids in self.encode(prompts)]
+
+    def prompt_outputs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Value logits `v`, `[B]`."""
+        return self(prompts)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt in the critic's tokenizer: its chat template where it has one, else text."""

@@ -1,0 +1,66 @@
+"""Which components go together; a combination that cannot work is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sppo_lightning.errors import InputError
+
+_CRITICS = {
+    "prompt": "sppo_lightning.models.PromptCritic, which reads the prompt alone",
+    "token": "sppo_lightning.models.TokenCritic, which reads every token",
+}
+
+
+def check_combination(module: Any) -> None:
+    """Check advantage, objective, critic and the critic's loss of an `SPPOModule` against each other."""
+    advantage, critic = module.advantage, module.critic
+    name = type(advantage).__name__
+    if advantage.critic is None and critic is not None:
+        raise InputError(
+            f"`advantage`={name} uses no critic, but `model.critic` is {type(critic).__name__}; set it to null."
+        )
+    if advantage.critic is not None and (critic is None or critic.reads != advantage.critic):
+        has = "needs a critic" if critic is None else f"cannot use `model.critic`={type(critic).__name__}"
+        raise InputError(f"`advantage`={name} {has}; set `model.critic` to {_CRITICS[advantage.critic]}.")
+    loss = module.critic_objective
+    if critic is not None and critic.reads not in loss.critics:
+        raise InputError(
+            f"`critic_objective`={type(loss).__name__} cannot train {type(critic).__name__}, whose V is a "
+            "chance; use sppo_lightning.objectives.BinaryCrossEntropy."
+        )
+    if advantage.token_level and not module.objective.takes_token_advantages:
+        raise InputError(
+            f"`objective`={type(module.objective).__name__} takes one advantage per response, and "
+            f"`advantage`={name} gives one per token; use sppo_lightning.objectives.TokenClipObjective."
+        )
+    if module.critic_warmup is not None and critic is None:
+        raise InputError("`critic_warmup` is set, but there is no `model.critic` to warm up; remove it.")
+
+
+def check_sampling(module: Any, callbacks: Iterable[Any]) -> None:
+    """Check what `RolloutGeneration` samples against what the module makes of it."""
+    for callback in callbacks:
+        sampling = getattr(callback, "sampling", None)
+        if sampling is None:
+            continue
+        name, samples = type(module.advantage).__name__, sampling.samples_per_prompt
+        if samples < module.advantage.min_samples:
+            raise InputError(
+                f"`advantage`={name} compares the responses to one prompt, and `samples_per_prompt`={samples} of "
+                f"RolloutGeneration's `sampling` gives it {samples}; use {module.advantage.min_samples} or more, "
+                "such as 8."
+            )
+        if module.advantage.needs_greedy and not callback.greedy:
+            raise InputError(
+                f"`advantage`={name} needs a greedy response per prompt; set `greedy: true` on RolloutGeneration."
+            )
+        truncated = sampling.top_p < 1 or sampling.top_k > 0
+        from_sampler = not module.recompute_old_log_probs or getattr(callback, "sample_from", "policy") != "policy"
+        if truncated and from_sampler:
+            raise InputError(
+                f"`top_p`={sampling.top_p} and `top_k`={sampling.top_k} of RolloutGeneration's `sampling` cut "
+                "tokens off: the sampler's log-probabilities are not the policy's, and their ratio is biased; "
+                "use top_p 1 and top_k 0, or sample from the policy with `recompute_old_log_probs: true`."
+            )

@@ -1,0 +1,80 @@
+"""What `training_step` reports of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sppo_lightning.batch import Experience, MicroBatch
+from sppo_lightning.evaluation import critic_metrics
+from sppo_lightning.meter import Meter
+
+
+def count_micro_batch(
+    meter: Meter,
+    micro: MicroBatch,
+    losses: Mapping[str, Tensor | None],
+    stats: Mapping[str, Tensor],
+    log_probs: Tensor,
+    entropy: Tensor,
+    on_policy: bool,
+) -> None:
+    """Add one micro-batch to the iteration's metrics.
+
+    Statistics of the policy are means over the tokens of its forward, so over rows with an advantage.
+
+    Args:
+        meter: What is added to.
+        micro: The rows.
+        losses: Shares of the mini-batch's losses by metric name; None for one that there is not.
+        stats: The objective's means over tokens.
+        log_probs: `[N, T]`, nats.
+        entropy: `[N, T]`, nats.
+        on_policy: Whether the weights are still those that sampled.
+    """
+    for name, loss in losses.items():
+        if loss is not None:
+            meter.add_share(name, loss, micro.share)
+    mask, tokens = micro.policy.mask.bool(), micro.policy.mask.sum()
+    for name, value in stats.items():
+        meter.add(f"policy/{name}", value, tokens)
+    meter.add("policy/entropy", entropy[mask].mean(), tokens)
+    if on_policy:
+        gap = (log_probs.detach() - micro.policy.rollouts.sampled_log_probs).abs()[mask].mean()
+        meter.add("sampler/logprob_gap", gap, tokens)
+
+
+def iteration_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:
+    """Reward, advantages and the critic's foresight over all ranks; NaN for means over no response."""
+    values = experience.values
+    columns = [experience.rewards, experience.verdicts.float()]
+    columns += [] if values is None else [values if values.ndim == 1 else values[:, 0]]  # V(s_p)
+    table = torch.as_tensor(module.all_gather(torch.stack(columns, dim=1))).reshape(-1, len(columns))
+    table = table[table[:, 1] > 0]
+    rewards = table[:, 0]
+    metrics = {"reward/mean": rewards.mean(), **_advantage_metrics(module, experience)}
+    if values is not None:
+        metrics["critic/value_mean"] = table[:, 2].mean()
+        if len(table):
+            metrics |= critic_metrics(table[:, 2].clamp(0.0, 1.0), rewards)
+    return metrics
+
+
+def _advantage_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:
+    """Spread and sign of the advantages, over responses, or over tokens where each has its own."""
+    advantages = experience.advantages.double()
+    kept = experience.verdicts if advantages.ndim == 1 else experience.mask.bool()
+    chosen = advantages[kept]
+    informative = torch.tensor(float(len(experience.informative)), device=advantages.device)
+    parts = [torch.ones_like(chosen), chosen, chosen.square(), (chosen > 0).double()]
+    sums = torch.stack([*(part.sum() for part in parts), informative, experience.verdicts.sum().double()])
+    count, first, second, positive, moving, rows = module.trainer.strategy.reduce(sums, reduce_op="sum")
+    variance = (second / count - (first / count).square()).clamp(min=0.0)
+    return {
+        "advantage/std": variance.sqrt().float(),
+        "advantage/positive_fraction": (positive / count).float(),
+        "advantage/nonzero_fraction": (moving / rows).float(),
+    }
