@@ -132,15 +132,13 @@ class SPPOModule(ActorCritic):
             assert batch.greedy_rollouts is not None
             greedy = batch.greedy_rollouts.rewards[rollouts.prompt_index]
             verdicts = verdicts & ~greedy.isnan()
-        outputs = self.critic_outputs(rollouts)
+        value_logits, token_values = self.critic_values(rollouts)
         return Outcomes(
             rollouts,
             rewards=rollouts.rewards.nan_to_num(),
             verdicts=verdicts,
-            value_logits=outputs if outputs is not None and outputs.ndim == 1 else None,
-            token_values=self.critic_objective.predict(outputs)
-            if outputs is not None and outputs.ndim == 2
-            else None,
+            value_logits=value_logits,
+            token_values=token_values,
             penalties=self.reward_penalties(rollouts),
             greedy_rewards=greedy if greedy is None else greedy.nan_to_num(),
             sum_over_ranks=lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="sum"),
@@ -156,14 +154,15 @@ class SPPOModule(ActorCritic):
         targets = self.advantage.value_targets(outcomes)
         return Experience(rollouts, outcomes.rewards, advantages, outcomes.verdicts, values, targets)
 
-    def critic_outputs(self, rollouts: Rollouts) -> Tensor | None:
-        """The critic's outputs without gradient, within the token budget: `[N]`, or `[N, T]`."""
+    def critic_values(self, rollouts: Rollouts) -> tuple[Tensor | None, Tensor | None]:
+        """Value logits `v` `[N]` of a critic that reads prompts, or values `[N, T]` of one that reads tokens."""
         if self.critic is None:
-            return None
+            return None, None
         groups = micro_batches(self.critic.lengths(rollouts), self.micro_batch_tokens)
         outputs = torch.cat([self.critic.outputs(rollouts.rows(group)) for group in groups])
         order = torch.tensor([i for group in groups for i in group], device=outputs.device)
-        return outputs[order.argsort()]
+        outputs = outputs[order.argsort()]
+        return (outputs, None) if outputs.ndim == 1 else (None, self.critic_objective.predict(outputs))
 
     def reward_penalties(self, rollouts: Rollouts) -> Tensor | None:
         """`β · KL` estimates `[N, T]` that are subtracted from the reward; None where the loss holds them."""
