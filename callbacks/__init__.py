@@ -1,10 +1,12 @@
 """The pipeline's stages and everything a user adds to it."""
 
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
+from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.math_verifier import MathVerifier
+from sppo_lightning.callbacks.overlong_penalty import OverlongPenalty
 from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
@@ -14,10 +16,12 @@ from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
     "CompletionWriter",
+    "DynamicSampling",
     "ExactMatch",
     "HFExport",
     "InitialValidation",
     "MathVerifier",
+    "OverlongPenalty",
     "ReferenceRefresh",
     "RichProgress",
     "RolloutGeneration",

@@ -39,6 +39,11 @@ class RolloutGeneration(Stage):
         self.greedy = greedy
         self.validation_greedy = validation_greedy
         self.engine = engine or HFEngine()
+        self._tokens = 0.0  # sampled for the batch at hand
+
+    def begin(self) -> None:
+        """Count the tokens of a new batch."""
+        self._tokens = 0.0
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Set `batch.rollouts`, and `batch.greedy_rollouts` where asked for."""
@@ -49,21 +54,26 @@ class RolloutGeneration(Stage):
             if self.greedy if trainer.training else self.validation_greedy:
                 once = dataclasses.replace(sampling, temperature=0.0, samples_per_prompt=1)
                 batch.greedy_rollouts = self.engine.generate(batch, once)
+        for rollouts in (batch.rollouts, batch.greedy_rollouts):
+            self._tokens += 0.0 if rollouts is None else float(rollouts.response_mask.sum())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Log lengths, truncation and speed of this iteration's responses."""
         if batch.rollouts is not None:  # supervised learning samples nothing
-            pl_module.log_dict(rollout_metrics(batch.rollouts, pl_module.last_phase_seconds["rollout"]))  # type: ignore
+            seconds: float = pl_module.last_phase_seconds["rollout"]  # type: ignore
+            pl_module.log_dict(rollout_metrics(batch.rollouts, self._tokens / max(seconds, 1e-9)))
 
 
-def rollout_metrics(rollouts: Rollouts, seconds: float) -> dict[str, float]:
-    """`rollout/…` metrics of one batch on this rank; `seconds` is what the sampling took."""
-    tokens = float(rollouts.response_mask.sum())
+def rollout_metrics(rollouts: Rollouts, tokens_per_second: float) -> dict[str, float]:
+    """`rollout/…` metrics of the responses that one batch has on this rank.
+
+    `tokens_per_second` counts all that was sampled for it: greedy responses, and those that were replaced.
+    """
     count = max(len(rollouts), 1)
     return {
-        "rollout/response_tokens_mean": tokens / count,
+        "rollout/response_tokens_mean": float(rollouts.response_mask.sum()) / count,
         "rollout/truncated_fraction": rollouts.finish_reasons.count("length") / count,
-        "rollout/tokens_per_second": tokens / max(seconds, 1e-9),
+        "rollout/tokens_per_second": tokens_per_second,
     }

@@ -57,9 +57,16 @@ class Verifier(Stage):
         self._check_settings()
         # only an outcome is a reward, which is what the module needs scores for
         self.provides = frozenset({"scores"} if role == "outcome" else ())  # type: ignore[misc]
-        self.counts: Counter[str] = Counter()  # of the batch at hand, see `score`
         self._total, self._number = 0.0, 0.0  # of the shaping scores of all batches trained on so far
+        Verifier.begin(self)  # not a subclass's, which may need what its own constructor has yet to set
         self._is_set_up = False
+
+    def begin(self) -> None:
+        """Start the counts of a new batch."""
+        self.counts: Counter[str] = Counter()  # of the batch at hand, see `score`
+        self._responses = 0  # scored for it
+        self._seconds = 0.0
+        self._first_traceback = ""
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
         """Give each response its score, or `None` for no verdict.
@@ -77,6 +84,10 @@ class Verifier(Stage):
         """
         raise NotImplementedError(f"{type(self).__name__} must define score().")
 
+    def score_rollouts(self, rollouts: Rollouts) -> list[float | None]:
+        """Give each of N responses its score; overridden where a score needs more than the text, see `score`."""
+        return self.score(rollouts.prompts, rollouts.responses)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the stages and that no two verifiers share a name."""
         super().setup(trainer, pl_module, stage)
@@ -91,37 +102,32 @@ class Verifier(Stage):
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Score the sampled responses, and the greedy ones where there are any."""
         start = time.perf_counter()
-        self.counts.clear()
-        total = number = 0.0
         for rollouts in (batch.rollouts, batch.greedy_rollouts):
-            if rollouts is None:
-                continue
-            values = self._score(rollouts)
-            rollouts.scores[self.name] = Scores(values, self.weight, self.role, self._mean())
-            if rollouts is batch.rollouts:
-                total, number = values.nansum().item(), float((~values.isnan()).sum())
-        self._log(trainer, module, total, number, time.perf_counter() - start)
+            if rollouts is not None:
+                values = self._score(rollouts)
+                rollouts.scores[self.name] = Scores(values, self.weight, self.role, self._mean())
+        self._seconds += time.perf_counter() - start
 
     def _score(self, rollouts: Rollouts) -> torch.Tensor:
         """The scores, `[N]`, float32, NaN where there is no verdict."""
         before = self.counts.copy()
         scores: list[float | None] = []
-        first_traceback = ""
         if len(rollouts):
             try:
-                scores = self._checked(rollouts.prompts, rollouts.responses)
+                scores = self._checked(rollouts)
             except InputError:
                 raise
             except Exception:
-                first_traceback = traceback.format_exc()
+                self._first_traceback = self._first_traceback or traceback.format_exc()
                 self.counts = before.copy()  # what the failed call counted is counted again, row by row
                 scores = self._score_one_by_one(rollouts)
-        failures = (self.counts - before)["errors"] + (self.counts - before)["timeouts_raised"]
-        if failures > self.max_failure_rate * len(rollouts):
+        self._responses += len(rollouts)
+        failures = self.counts["errors"] + self.counts["timeouts_raised"]
+        if failures > self.max_failure_rate * self._responses:
             raise VerifierFailure(
-                f"Verifier {self.name!r} failed on {failures} of {len(rollouts)} responses "
-                f"({failures / len(rollouts):.1%}), more than `max_failure_rate`={self.max_failure_rate:g} "
-                f"allows. The first failure:\n{first_traceback or 'the verifier reported it itself'}"
+                f"Verifier {self.name!r} failed on {failures} of {self._responses} responses "
+                f"({failures / self._responses:.1%}), more than `max_failure_rate`={self.max_failure_rate:g} "
+                f"allows. The first failure:\n{self._first_traceback or 'the verifier reported it itself'}"
             )
         self.counts["no_verdict"] += sum(score is None for score in scores)
         values = [math.nan if score is None else float(score) for score in scores]
@@ -129,9 +135,9 @@ class Verifier(Stage):
 
     def _score_one_by_one(self, rollouts: Rollouts) -> list[float | None]:
         scores: list[float | None] = []
-        for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True):
+        for row in range(len(rollouts)):
             try:
-                scores += self._checked([prompt], [response])
+                scores += self._checked(rollouts.rows([row]))
             except InputError:
                 raise
             except TimeoutError:
@@ -142,14 +148,14 @@ class Verifier(Stage):
                 scores.append(None)
         return scores
 
-    def _checked(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        scores = list(self.score(prompts, responses))
-        if len(scores) != len(responses):
+    def _checked(self, rollouts: Rollouts) -> list[float | None]:
+        scores = list(self.score_rollouts(rollouts))
+        if len(scores) != len(rollouts):
             raise InputError(
-                f"Verifier {self.name!r} returned {len(scores)} scores for {len(responses)} responses; "
+                f"Verifier {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses; "
                 "return one for each, `None` for no verdict."
             )
-        for prompt, score in zip(prompts, scores, strict=True):
+        for prompt, score in zip(rollouts.prompts, scores, strict=True):
             self._check_score(prompt, score)
         return scores
 
@@ -170,24 +176,46 @@ class Verifier(Stage):
     def _mean(self) -> float:
         return self._total / self._number if self.role == "shaping" and self._number else 0.0
 
-    def _log(self, trainer: Trainer, module: LightningModule, total: float, number: float, seconds: float) -> None:
-        """Log the batch; after a training batch also move the running mean, alike on every rank."""
-        counts = [float(self.counts[kind]) for kind in ("errors", "timeouts", "no_verdict")]
-        prefix = f"verifier/{self.name}"
-        names = [f"{prefix}/errors", f"{prefix}/timeouts", f"{prefix}/no_verdict", f"{prefix}/seconds"]
-        if trainer.training:
-            # one call for everything, made on every rank, whether or not the rank has responses
-            sums = torch.tensor([*counts, total, number], dtype=torch.float32, device=module.device)
-            *counts, total, number = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-            self._total += total
-            self._number += number
-            metrics = dict(zip(names, [*counts, seconds], strict=True))
-            if number:
-                metrics[f"reward/{self.name}"] = total / number
-            module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
-        elif trainer.validating or trainer.testing:
-            metrics = dict(zip(names, [*counts, seconds], strict=True))
-            module.log_dict(metrics, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Log the batch, and move the running mean by the responses that were trained on, alike on every rank."""
+        if batch.rollouts is None:  # supervised learning scores nothing
+            return
+        values = batch.rollouts.scores[self.name].values
+        counts = self._counts()
+        # one call for everything, made on every rank, whether or not the rank has responses
+        row = [*counts.values(), values.nansum().item(), (~values.isnan()).sum().item()]
+        sums = torch.tensor(row, dtype=torch.float32, device=pl_module.device)
+        *reduced, total, number = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self._total += total
+        self._number += number
+        metrics = dict(zip(counts, reduced, strict=True)) | self._time()
+        if number:
+            metrics[f"reward/{self.name}"] = total / number
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch to the sums that are logged at the end of the loop."""
+        metrics = self._counts() | self._time()
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def _counts(self) -> dict[str, float]:
+        kinds = ("errors", "timeouts", "no_verdict")
+        return {f"verifier/{self.name}/{kind}": float(self.counts[kind]) for kind in kinds}
+
+    def _time(self) -> dict[str, float]:
+        return {f"verifier/{self.name}/seconds": self._seconds}
 
     @property
     def state_key(self) -> str:

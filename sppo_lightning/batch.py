@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 FinishReason = Literal["stop", "length"]
 
@@ -108,6 +109,55 @@ class Rollouts:
         }
         return dataclasses.replace(self, **changes)
 
+    @classmethod
+    def concat(cls, parts: Sequence[Rollouts], prompt_index: Sequence[int]) -> Rollouts:
+        """The responses of `parts`, one part after the other, padded anew to a common width.
+
+        Args:
+            parts: Rollouts of any widths, sampled alike and scored by the same verifiers.
+            prompt_index: `N` rows of `PromptBatch.prompts`, in the batch that the joined responses belong to;
+                the parts' own indices refer to the batches that they came from.
+
+        Raises:
+            ValueError: Where parts differ in temperature, policy version or verifiers, where there are none, or
+                where `prompt_index` is not one per response.
+        """
+        if len(prompt_index) != sum(map(len, parts)) or not parts:
+            raise ValueError(f"{len(prompt_index)} prompt indices for {[len(part) for part in parts]} responses.")
+        changes: dict[str, Any] = {
+            entry.name: _join(entry.name, [getattr(part, entry.name) for part in parts])
+            for entry in dataclasses.fields(cls)
+            if entry.name not in ("prompt_index", "scores")
+        }
+        index = torch.as_tensor(prompt_index, dtype=torch.long, device=parts[0].prompt_index.device)
+        names = _join("verifiers", [tuple(part.scores) for part in parts])
+        changes["scores"] = {name: _join_scores(name, [part.scores[name] for part in parts]) for name in names}
+        return dataclasses.replace(parts[0], prompt_index=index, **changes)
+
+
+def _join(name: str, values: Sequence[Any]) -> Any:
+    """A field of several rollouts: tensors and lists row after row; anything else must be the same in all."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        if first.ndim > 1:
+            width = max(value.shape[1] for value in values)
+            left = name.startswith("prompt_")  # responses are padded on the right
+            gaps = [width - value.shape[1] for value in values]
+            values = [pad(value, (gap, 0) if left else (0, gap)) for value, gap in zip(values, gaps, strict=True)]
+        return torch.cat(list(values))
+    if isinstance(first, list):
+        return [row for value in values for row in value]
+    if any(value != first for value in values):
+        raise ValueError(f"Rollouts that differ in {name} cannot be joined: {list(values)}.")
+    return first
+
+
+def _join_scores(name: str, parts: Sequence[Scores]) -> Scores:
+    fields = [entry.name for entry in dataclasses.fields(Scores)]
+    return Scores(
+        **{each: _join(f"{each} of {name!r}", [getattr(part, each) for part in parts]) for each in fields}
+    )
+
 
 @dataclass
 class Outcomes:
@@ -200,7 +250,7 @@ class PromptBatch:
     def __init__(self, prompts: list[Prompt], token_ids: list[list[int]], visits: list[int]) -> None:
         self.prompts = prompts  # B; may be empty on a rank whose share of the last batch is empty
         self.token_ids = token_ids  # B unpadded prompts in the policy's tokenizer
-        self.visits = visits  # B, how often each prompt was drawn before; part of the sampling noise's key
+        self.visits = visits  # B, how often each was drawn before, below 0 for a spare; keys the sampling noise
         self.rollouts: Rollouts | None = None  # set by RolloutGeneration
         self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
 

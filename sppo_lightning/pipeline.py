@@ -27,31 +27,39 @@ class Stage(Callback):
         """Add this stage's results to `batch`; nothing that is there already may change."""
         raise NotImplementedError(f"{type(self).__name__} must define process().")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that what this stage requires is provided by a stage listed before it."""
-        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        check_requirements(self.requires, callbacks[: callbacks.index(self)], callbacks, type(self).__name__)
+    def begin(self) -> None:
+        """Forget what was counted for the batch before; `process` may then run more than once, for more prompts."""
 
-    def _run(self, trainer: Trainer, module: LightningModule, batch: PromptBatch) -> None:
+    def run(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+        """`process`, with its seconds counted under `phase`."""
         start = time.perf_counter()
         self.process(batch, trainer, module)
         if self.phase:
             seconds: dict[str, float] = module.phase_seconds  # type: ignore[assignment]
             seconds[self.phase] = seconds.get(self.phase, 0.0) + time.perf_counter() - start
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that what this stage requires is provided by a stage listed before it."""
+        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        check_requirements(self.requires, callbacks[: callbacks.index(self)], callbacks, type(self).__name__)
+
+    def _start_batch(self, trainer: Trainer, module: LightningModule, batch: PromptBatch) -> None:
+        self.begin()
+        self.run(batch, trainer, module)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Run, unless the training step uses no stage at all, as in supervised learning."""
         if getattr(pl_module, "needs_in_fit", True):
-            self._run(trainer, pl_module, batch)
+            self._start_batch(trainer, pl_module, batch)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
-        self._run(trainer, pl_module, batch)
+        self._start_batch(trainer, pl_module, batch)
 
     def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
-        self._run(trainer, pl_module, batch)
+        self._start_batch(trainer, pl_module, batch)
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: D102
-        self._run(trainer, pl_module, batch)
+        self._start_batch(trainer, pl_module, batch)
 
 
 _SUGGESTED = {

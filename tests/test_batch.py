@@ -1,5 +1,6 @@
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,86 @@ def test_no_rows():
     none = scored(exact=([1.0, 0.0, 1.0], 1.0, "outcome", 0.0)).rows([])
     assert len(none) == len(none.responses) == len(none.rewards) == 0
     assert none.response_ids.shape == (0, 3)
+
+
+def one_more(**changes: Any) -> Rollouts:
+    """One response of 1 token to a prompt of 3 tokens."""
+    fields: dict[str, Any] = {
+        "prompts": [Prompt("d e f", "3", "sums", 2)],
+        "prompt_index": torch.tensor([0]),
+        "prompt_ids": torch.tensor([[4, 5, 6]]),
+        "prompt_mask": torch.tensor([[1.0, 1.0, 1.0]]),
+        "response_ids": torch.tensor([[9]]),
+        "response_mask": torch.tensor([[1.0]]),
+        "sampled_log_probs": torch.tensor([[-0.5]]),
+        "responses": ["w"],
+        "finish_reasons": ["stop"],
+        "temperature": 0.6,
+        "policy_version": 4,
+    }
+    return Rollouts(**fields | changes)
+
+
+def test_concat_pads_prompts_on_the_left_and_responses_on_the_right():
+    first = scored(exact=([1.0, 0.0, NAN], 3.0, "outcome", 0.0), form=([1.0, 2.0, 3.0], 0.5, "shaping", 1.5))
+    second = one_more(
+        scores={
+            "exact": Scores(torch.tensor([0.5]), 3.0, "outcome"),
+            "form": Scores(torch.tensor([7.0]), 0.5, "shaping", 1.5),
+        }
+    )
+    joined = Rollouts.concat([first, second], [2, 2, 0, 1])
+    assert [p.text for p in joined.prompts] == ["a", "a", "b c", "d e f"]
+    assert joined.prompt_index.tolist() == [2, 2, 0, 1]
+    assert joined.prompt_ids.tolist() == [[0, 0, 7], [0, 0, 7], [0, 8, 9], [4, 5, 6]]
+    assert joined.prompt_mask.tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 1], [1, 1, 1]]
+    assert joined.response_ids.tolist() == [[3, 4, 0], [0, 0, 0], [5, 6, 7], [9, 0, 0]]
+    assert joined.response_mask.tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0]]
+    assert joined.sampled_log_probs.tolist() == [[-1, -2, 0], [0, 0, 0], [-3, -4, -5], [-0.5, 0, 0]]
+    assert joined.responses == ["x y", "", "z z z", "w"]
+    assert joined.finish_reasons == ["stop", "stop", "length", "stop"]
+    assert (joined.temperature, joined.policy_version) == (0.6, 4)
+    assert joined.rewards[[0, 1, 3]].tolist() == [1.0, 0.0, 0.5]
+    assert joined.rewards[2].isnan()
+    assert joined.shaping.tolist() == [-0.25, 0.25, 0.75, 2.75]
+    assert {name: (s.weight, s.role, s.baseline) for name, s in joined.scores.items()} == {
+        "exact": (3.0, "outcome", 0.0),
+        "form": (0.5, "shaping", 1.5),
+    }
+    assert first.prompt_ids.tolist() == [[0, 7], [0, 7], [8, 9]]  # the parts are as they were
+    turned = Rollouts.concat([second, first], [1, 2, 2, 0])
+    assert turned.response_ids.tolist() == [[9, 0, 0], [3, 4, 0], [0, 0, 0], [5, 6, 7]]
+
+
+def test_concat_with_no_rows_on_one_side_or_both():
+    none = one_more().rows([])
+    joined = Rollouts.concat([none, rollouts()], [0, 0, 1])
+    assert joined.prompt_ids.tolist() == [[0, 0, 7], [0, 0, 7], [0, 8, 9]]
+    assert joined.responses == ["x y", "", "z z z"]
+    assert len(Rollouts.concat([none, none], [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 1.0}, r"differ in temperature cannot be joined: \[0.6, 1.0\]"),
+        ({"policy_version": 5}, r"differ in policy_version cannot be joined: \[4, 5\]"),
+        ({"scores": {}}, "differ in verifiers"),
+        ({"scores": {"exact": Scores(torch.tensor([1.0]), 2.0, "outcome")}}, "differ in weight of 'exact'"),
+        ({"scores": {"exact": Scores(torch.tensor([1.0]), 1.0, "shaping")}}, "differ in role of 'exact'"),
+    ],
+)
+def test_concat_refuses_what_does_not_belong_together(changes: dict[str, Any], words: str):
+    first = scored(exact=([1.0, 0.0, 1.0], 1.0, "outcome", 0.0))
+    with pytest.raises(ValueError, match=words):
+        Rollouts.concat([first, one_more(**changes)], [0, 0, 1, 2])
+
+
+def test_concat_needs_parts_and_an_index_for_each_response():
+    with pytest.raises(ValueError, match=r"3 prompt indices for \[3, 1\] responses"):
+        Rollouts.concat([rollouts(), one_more()], [0, 0, 1])
+    with pytest.raises(ValueError, match=r"0 prompt indices for \[\] responses"):
+        Rollouts.concat([], [])
 
 
 def test_experience_masks_what_has_no_verdict():

@@ -11,6 +11,8 @@ from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.data.formatting import PromptFormat
 from sppo_lightning.errors import InputError
 
+_MANY_DRAWS = 2**32  # more than a run draws spares
+
 
 class PromptLoader:
     """A sized iterable of this rank's `PromptBatch`es, whose position Lightning saves with a checkpoint.
@@ -61,6 +63,7 @@ class PromptLoader:
         self._epoch_batches = len(self) if epoch_batches is None else min(epoch_batches, len(self))
         self._epoch = 0
         self._batches = 0  # yielded in this epoch
+        self._spare_draws = 0  # calls of `spare` in all epochs
         self._resumed = False
 
     def __len__(self) -> int:
@@ -84,19 +87,37 @@ class PromptLoader:
             return list(range(len(self.prompts)))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts)).tolist()
 
+    def spare(self, count: int) -> PromptBatch:
+        """`count` more training prompts for this rank, drawn at random, without effect on the epoch's order.
+
+        They depend on the seed and on the number of calls before, and are distinct until the rank's share of
+        the prompts is used up; in one call no other rank draws from that share. Every rank must call it equally
+        often, with 0 where it needs none, since a checkpoint holds the position of one rank for all.
+        """
+        draw, self._spare_draws = self._spare_draws, self._spare_draws + 1
+        # the 1 tells this order from that of an epoch
+        order = np.random.default_rng([self.seed, draw, 1]).permutation(len(self.prompts)).tolist()
+        share = order[self.rank :: self.world_size]
+        # below 0, where no epoch is, and another one each time that a prompt comes
+        visits = [-1 - draw - (i // len(share)) * _MANY_DRAWS for i in range(count)]
+        return self._batch([share[i % len(share)] for i in range(count)], visits)
+
     def _collate(self, indices: Sequence[int]) -> PromptBatch:
-        prompts = [self.prompts[i] for i in indices[self.rank :: self.world_size]]
-        token_ids = self.prompt_format.encode([prompt.text for prompt in prompts])
-        return PromptBatch(prompts, token_ids, visits=[self._epoch if self.train else 0] * len(prompts))
+        mine = indices[self.rank :: self.world_size]
+        return self._batch(mine, visits=[self._epoch if self.train else 0] * len(mine))
+
+    def _batch(self, indices: Sequence[int], visits: list[int]) -> PromptBatch:
+        prompts = [self.prompts[i] for i in indices]
+        return PromptBatch(prompts, self.prompt_format.encode([prompt.text for prompt in prompts]), visits)
 
     def _identity(self) -> dict[str, int]:
         return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch (the next one if this is finished), the batches yielded in it, and what they refer to."""
+        """The epoch (the next one if this is finished), the batches yielded in it, draws of spares, the data."""
         finished = self._batches >= self._epoch_batches
         epoch, batches = (self._epoch + 1, 0) if finished else (self._epoch, self._batches)
-        return {"epoch": epoch, "batches": batches, **self._identity()}
+        return {"epoch": epoch, "batches": batches, "spare_draws": self._spare_draws, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last batch that was yielded when `state_dict` was taken.
@@ -112,6 +133,7 @@ class PromptLoader:
                 f"{', '.join(changed)}; resume with what it had, or start a new run from its weights."
             )
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
+        self._spare_draws = state_dict.get("spare_draws", 0)  # older checkpoints know of no spares
         self._resumed = True
 
 

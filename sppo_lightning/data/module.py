@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.batch import Prompt
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.data.formatting import PromptFormat, Template
 from sppo_lightning.data.layouts import RowError, read_source
 from sppo_lightning.data.loader import PromptLoader
@@ -190,6 +190,10 @@ class PromptDataModule(LightningDataModule):
         """The loader of training batches; always the same one, because it knows how far it is."""
         assert self._train_loader is not None
         return self._train_loader
+
+    def spare_prompts(self, count: int) -> PromptBatch:
+        """`count` more training prompts for this rank, beside the epoch's; see `PromptLoader.spare`."""
+        return self.train_dataloader().spare(count)
 
     def val_dataloader(self) -> list[PromptLoader]:
         """One loader for each validation set."""

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from toy_pipeline import Recites, Scored, Toy, fit, loader, rollouts_of, trainer_of
 
-from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.verifier import Verifier, VerifierFailure
 from sppo_lightning.errors import InputError
+from sppo_lightning.pipeline import Stage
 
 
 def scores_of(batch: PromptBatch, name: str = "scored") -> list[float]:
@@ -109,6 +110,45 @@ def test_too_many_failures_stop_the_run_with_the_first_traceback():
     assert "'scored' failed on 2 of 4 responses (50.0%), more than `max_failure_rate`=0.4" in text
     assert "could not convert string to float: 'first bad'" in text
     assert "second bad" not in text
+
+
+def test_further_calls_for_a_batch_add_to_its_counts_and_to_nothing_else():
+    class Again(Stage):
+        """Scores one more response, which the batch does not hold."""
+
+        def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+            more = PromptBatch([], [], [])
+            more.rollouts = rollouts_of(["bad"])
+            verifier.run(more, trainer, module)
+
+    class Logged(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            names = ("verifier/scored/errors", "verifier/scored/no_verdict", "reward/scored")
+            logged.append([float(trainer.callback_metrics[name]) for name in names])
+
+    logged: list[list[float]] = []
+    # one failure in four responses is 25 %, though it is the only response of its call
+    verifier = Scored(max_failure_rate=0.25, role="shaping")
+    fit(verifier, Again(), Logged(), batches=[["1", "2", "6"], ["7", "7", "7"]])
+    assert logged == [[1.0, 1.0, 3.0], [1.0, 1.0, 7.0]]
+    assert verifier.state_dict() == {"total": 30.0, "number": 6.0}
+    verifier = Scored(max_failure_rate=0.24)
+    with pytest.raises(VerifierFailure, match=r"failed on 1 of 4 responses \(25.0%\)"):
+        fit(verifier, Again(), batches=[["1", "1", "1"]])
+
+
+def test_a_score_may_read_the_whole_rollouts_and_still_loses_only_rows_that_fail():
+    class Room(Verifier):
+        def score_rollouts(self, rollouts: Rollouts) -> list[float | None]:
+            if "bad" in rollouts.responses:
+                raise RuntimeError("bad")
+            return [1 - tokens / 4 for tokens in rollouts.response_mask.sum(1).tolist()]
+
+    module, trainer = fit(Room(max_failure_rate=0.5), batches=[["1", "bad"]])
+    values = scores_of(module.seen[0], "room")
+    assert values[0] == 0.25  # 3 tokens
+    assert math.isnan(values[1])
+    assert trainer.logged_metrics["verifier/room/errors"] == 1
 
 
 def test_failures_that_the_verifier_reports_count_too():

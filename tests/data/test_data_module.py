@@ -83,6 +83,15 @@ def test_every_loop_draws_its_own_sets(trainer, tokenizer, files):
     assert module.drawn == {0: [("train", i, str(i)) for i in range(6)]}
 
 
+def test_spare_prompts_are_training_prompts_and_their_position_is_saved(trainer, tokenizer, files):
+    data = PromptDataModule(files.train, {"small": files.small}, batch_size=2, seed=3)
+    trainer.fit(Reader(tokenizer), data)
+    spare = data.spare_prompts(6)
+    assert {(p.dataset, p.gold) for p in spare.prompts} == {("train", str(i)) for i in range(6)}
+    assert spare.token_ids == [[6] * (prompt.row + 1) for prompt in spare.prompts]
+    assert data.state_dict()["train"]["spare_draws"] == 1
+
+
 def test_fit_checks_the_validation_sets_before_the_first_step(trainer, tokenizer, files, write_jsonl):
     broken = write_jsonl([{"prompt": "one", "answer": "1"}, {"prompt": "two"}], "broken.jsonl")
     module = Reader(tokenizer)

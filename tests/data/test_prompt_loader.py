@@ -75,7 +75,8 @@ def test_each_epoch_has_an_order_of_its_own_that_depends_on_seed_and_epoch_alone
 def test_an_iterator_that_nothing_was_drawn_from_changes_nothing(make_loader):
     loader = make_loader(4, 2, train=True)
     iter(loader)
-    assert loader.state_dict() == {"epoch": 0, "batches": 0, "prompts": 4, "batch_size": 2, "seed": 0}
+    expected = {"epoch": 0, "batches": 0, "spare_draws": 0, "prompts": 4, "batch_size": 2, "seed": 0}
+    assert loader.state_dict() == expected
     assert next(iter(loader)).visits == [0, 0]
     assert next(iter(loader)).visits == [1, 1]  # a new iterator after a batch is a new epoch
 
@@ -109,6 +110,60 @@ def test_a_state_of_other_data_is_refused_in_the_middle_of_an_epoch_alone(make_l
     other = make_loader(12, 4, train=True)
     other.load_state_dict(loader.state_dict())
     assert next(iter(other)).visits == [2, 2, 2, 2]
+
+
+def test_spares_depend_on_the_seed_and_the_number_of_draws_and_leave_the_epoch_alone(make_loader):
+    settings = {"train": True, "shuffle": True, "seed": 3}
+    loader, twin = make_loader(12, 4, **settings), make_loader(12, 4, **settings)
+    undisturbed = epoch_of(make_loader(12, 4, **settings))
+    orders = [np.random.default_rng([3, draw, 1]).permutation(12).tolist() for draw in range(3)]
+    drawn = []
+    for batch in loader:  # a draw after each batch, of 3, 0 and 5 prompts
+        drawn.append(rows(batch))
+        drawn.append(rows(loader.spare([3, 0, 5][len(drawn) // 2])))
+    assert drawn[0::2] == undisturbed
+    assert drawn[1::2] == [orders[0][:3], [], orders[2][:5]]
+    assert [rows(twin.spare(count)) for count in (3, 0, 5)] == drawn[1::2]
+    assert rows(make_loader(12, 4, train=True, seed=4).spare(12)) != orders[0]
+    spare = twin.spare(2)
+    assert spare.token_ids == [[6], [6]]
+    assert spare.rollouts is None
+
+
+def test_a_prompt_has_other_noise_each_time_it_comes(make_loader):
+    loader = make_loader(6, 2, train=True, shuffle=True)
+    batches = [batch for _ in range(3) for batch in loader] + [loader.spare(4) for _ in range(9)]
+    batches += [loader.spare(20), loader.spare(20)]  # more than there are prompts
+    keys = [(row, visit) for batch in batches for row, visit in zip(rows(batch), batch.visits, strict=True)]
+    assert len(set(keys)) == len(keys) == 3 * 6 + 9 * 4 + 2 * 20
+    assert all(visit < 0 for batch in batches[9:] for visit in batch.visits)
+
+
+def test_spares_are_distinct_while_there_are_enough_and_disjoint_over_ranks(make_loader):
+    ranks = [make_loader(10, 2, train=True, rank=rank, world_size=2) for rank in range(2)]
+    order = np.random.default_rng([0, 0, 1]).permutation(10).tolist()
+    assert [rows(loader.spare(5)) for loader in ranks] == [order[0::2], order[1::2]]
+    again = [rows(loader.spare(8)) for loader in ranks]
+    assert sorted(again[0][:5] + again[1][:5]) == list(range(10))
+    assert [each[5:] for each in again] == [each[:3] for each in again]
+
+
+def test_a_loaded_state_goes_on_with_the_next_spares(make_loader):
+    settings = {"train": True, "shuffle": True, "seed": 5}
+    loader, resumed, older = (make_loader(9, 3, **settings) for _ in range(3))
+    next(iter(loader))
+    loader.spare(2)
+    loader.spare(0)
+    state = loader.state_dict()
+    expected = loader.spare(4)
+    resumed.load_state_dict(state)
+    spare = resumed.spare(4)
+    assert rows(spare) == rows(expected)
+    assert spare.visits == expected.visits == [-3] * 4
+    del state["spare_draws"]  # as before there were any
+    older.load_state_dict(state)
+    assert older.spare(1).visits == [-1]
+    assert rows(next(iter(older))) == rows(next(iter(resumed)))
 
 
 @pytest.mark.parametrize(
