@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sppo_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class MicroRows:
+    """The rows of one backward on this rank."""
+
+    index: list[int]  # their positions in the mini-batch of this rank
+    counts: bool  # False for a row that only keeps this rank in step with the others, and must be masked
+    share: float  # 1 / (micro-batches of the mini-batch over all ranks)
+    last: bool  # whether it is the last of its mini-batch
 
 
 def check_mini_batch_size(sequences: int, mini_batch_size: int | None, ranks: int = 1) -> int:

@@ -9,7 +9,6 @@ from torch import nn
 
 from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import PromptBatch, Rollouts
-from sppo_lightning.batching import micro_batches
 from sppo_lightning.engines.engine import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.meter import Meter
@@ -52,11 +51,10 @@ class SFTModule(PolicyModule):
         count = examples.response_mask.sum()
         tokens = self.trainer.strategy.reduce(count, reduce_op="sum").clamp(min=1.0)
         lengths = (examples.prompt_mask.sum(1) + examples.response_mask.sum(1)).long().tolist()
-        groups = micro_batches(lengths, self.micro_batch_tokens)
-        for i, rows in enumerate(groups):
-            log_probs, entropy = self.policy(examples.rows(rows))
-            self.accumulate(-log_probs.sum() / tokens, last=i == len(groups) - 1)
-            mask = examples.response_mask[rows].bool()
+        for rows in self.even_micro_batches(lengths):
+            log_probs, entropy = self.policy(examples.rows(rows.index))
+            mask = examples.response_mask[rows.index].bool() & rows.counts
+            self.accumulate(-log_probs[mask].sum() / tokens, rows.last)
             meter.add("sft/loss", -log_probs[mask].mean(), mask.sum())
             meter.add("policy/entropy", entropy[mask].mean(), mask.sum())
         meter.add("policy/grad_norm", self.step_optimizer(self.trained_modules())["policy"])
