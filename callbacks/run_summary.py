@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import rich
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +20,7 @@ from sppo_lightning.batch import PromptBatch
 from sppo_lightning.callbacks.initial_validation import validate_in_fit
 from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.figures import learning_curve
+from sppo_lightning.memory import peak_memory
 
 PHASES = ("rollout", "verify", "update", "validation")
 
@@ -159,7 +157,7 @@ class RunSummary(Callback):
         self._note_memory()
         first, last = self._ends()
         metrics = self.validations[-1]["metrics"] if self.validations else {}
-        gpu = {"peak_gpu_memory_mb": self._gpu_memory} if torch.cuda.is_available() else {}
+        gpu = {"peak_gpu_memory_mb": self._gpu_memory} if self._gpu_memory else {}
         return {
             "before": first and accuracies(first["metrics"]),
             "after": last and accuracies(last["metrics"]),
@@ -195,10 +193,9 @@ class RunSummary(Callback):
         self._seconds_before, self._start = self.total_seconds, None
 
     def _note_memory(self) -> None:
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-        self._memory = max(self._memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-        if torch.cuda.is_available():
-            self._gpu_memory = max(self._gpu_memory, torch.cuda.max_memory_allocated() / 2**20)
+        peaks = peak_memory()
+        self._memory = max(self._memory, peaks["peak_mb"])
+        self._gpu_memory = max(self._gpu_memory, peaks.get("gpu_peak_mb", 0.0))
 
     def _write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,8 +12,10 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from sppo_lightning.batch import PromptBatch
+from sppo_lightning.batching import MicroRows
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation
+from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import check_requirements
@@ -30,6 +33,7 @@ class PolicyModule(LightningModule):
     """
 
     automatic_optimization = False
+    micro_batch_tokens: int  # token budget of one forward and backward on one rank, padding included
     needs_in_fit: frozenset[str] = frozenset()  # what the stages must provide for `training_step`
 
     def __init__(self, policy: CausalLMPolicy) -> None:
@@ -67,11 +71,15 @@ class PolicyModule(LightningModule):
         self.policy.build()
 
     def end_iteration(self, update_seconds: float) -> None:
-        """Log seconds and share of each phase of this iteration and start counting anew."""
+        """Log the phases' seconds, which start anew, and the peaks of memory, of the rank that needs most."""
         seconds = {"rollout": 0.0, "verify": 0.0, **self.phase_seconds, "update": update_seconds}
         total = max(sum(seconds.values()), 1e-9)
         self.log_dict({f"time/{phase}": value for phase, value in seconds.items()})
         self.log_dict({f"time/{phase}_share": value / total for phase, value in seconds.items()})
+        peaks = peak_memory()
+        largest = torch.tensor(list(peaks.values()), device=self.device)
+        largest = self.trainer.strategy.reduce(largest, reduce_op="max")
+        self.log_dict({f"memory/{name}": value for name, value in zip(peaks, largest.tolist(), strict=True)})
         self.last_phase_seconds, self.phase_seconds = seconds, {}
 
     def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]]) -> dict[str, Tensor]:
@@ -93,6 +101,18 @@ class PolicyModule(LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.step()
         return norms
+
+    def in_step(self, *groupings: Sequence[list[int]]) -> Iterator[tuple[list[MicroRows], float, bool]]:
+        """One backward (or forward) after the other, as many on every rank, for collectives to meet.
+
+        Yields for each a group of rows out of every grouping (a rank or a grouping that is done goes on with a row
+        that is masked), 1 / (how many there are over all ranks), and whether it is the last.
+        """
+        own = max([1, *map(len, groupings)])
+        most = int(self.trainer.strategy.reduce(torch.tensor(own, device=self.device), reduce_op="max"))
+        for i in range(most):
+            rows = [MicroRows(g[i], True) if i < len(g) else MicroRows([0], False) for g in groupings]
+            yield rows, 1.0 / (most * self.trainer.world_size), i == most - 1
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch; ranks exchange gradients with the `last` one of a mini-batch only.

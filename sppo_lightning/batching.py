@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sppo_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class MicroRows:
+    """Rows of one forward on this rank."""
+
+    index: list[int]  # their positions in the mini-batch of this rank
+    counts: bool  # False for a row that only keeps this rank in step with the others, and must be masked
 
 
 def check_mini_batch_size(sequences: int, mini_batch_size: int | None, ranks: int = 1) -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.cli_errors import sentence
+from sppo_lightning.cli_errors import options_of, sentence
+from sppo_lightning.cli_trainer import check_checkpoint, told_in_one_sentence
+from sppo_lightning.config_files import as_text, merge, read, split_arguments, with_unknown_as_null
 from sppo_lightning.errors import InputError
 
 
@@ -53,11 +51,29 @@ class SPPOCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Check the config files before what is in them."""
+        """Parse the config files as one, and the settings of the command line on top of it."""
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list | tuple):
-            check_config_files(list(map(str, words)))
-        super().parse_arguments(parser, args)
+            self.config = parser.parse_args(self._with_one_config(words))
+        else:
+            super().parse_arguments(parser, args)
+
+    def _with_one_config(self, arguments: Sequence[Any]) -> list[str]:
+        """The arguments with their config files merged into one, as text, before all settings."""
+        names, others = split_arguments(map(str, arguments))
+        if not names:
+            return others
+        commands: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
+        command = next((word for word in others if word in commands), None)
+        config = with_unknown_as_null(merge(map(read, names)), options_of(commands.get(str(command), self.parser)))
+        place = 0 if command is None else others.index(command) + 1
+        return [*others[:place], f"--config={as_text(config)}", *others[place:]]
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint; the hyperparameters that are looked for in it otherwise are never saved."""
+        settings = self.config.get(str(self.config.get("subcommand")))
+        if settings is not None and settings.get("ckpt_path"):
+            check_checkpoint(settings["ckpt_path"], settings.get("weights_only"))
 
     def before_instantiate_classes(self) -> None:
         """Settle the number of threads, and say it: on shared cores two can be slower than one."""
@@ -88,33 +104,15 @@ class SPPOCLI(LightningCLI):
             # jsonargparse has put it among the errors of the other types that the value might have had
             raise refusals[0] from None
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; what it refuses is told in one sentence."""
+        with told_in_one_sentence(self._get(self.config, "trainer")["accelerator"]):
+            return super().instantiate_trainer(**kwargs)
 
-def check_config_files(arguments: Sequence[str]) -> None:
-    """Raise `InputError` for a `--config` that is not there, is not YAML or holds no settings by name."""
-    files = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
-    files += [a.partition("=")[2] for a in arguments if a.startswith(("--config=", "-c="))]
-    for name in files:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            if "\n" in name or name.lstrip().startswith("{"):
-                continue  # YAML on the command line itself
-            there = [str(file) for file in sorted(path.parent.glob("*.y*ml"))]
-            close = difflib.get_close_matches(str(path), there, n=1)
-            raise InputError(
-                f"`--config`={name} does not exist; "
-                + (f"the nearest is {close[0]}." if close else "check its path.")
-            )
-        try:
-            node = yaml.compose(path.read_text(encoding="utf-8"))
-        except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            reason = getattr(error, "problem", None) or str(error)
-            raise InputError(f"`--config`={name} is not valid YAML{line}: {reason}.") from error
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError(
-                f"`--config`={name} holds no settings by name; write `model:`, `data:` and `trainer:` with theirs."
-            )
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; what the trainer refuses is told in one sentence."""
+        with told_in_one_sentence():
+            super()._run_subcommand(subcommand)
 
 
 def command_line(args: Any = None, run: bool = True) -> SPPOCLI:
@@ -134,7 +132,7 @@ def command_line(args: Any = None, run: bool = True) -> SPPOCLI:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         parser_class=Parser,
-        parser_kwargs={"prog": "python -m sppo_lightning"},
+        parser_kwargs={"prog": "python -m sppo_lightning", "allow_abbrev": False},
         args=args,
         run=run,
     )

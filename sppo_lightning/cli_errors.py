@@ -120,7 +120,7 @@ def _unknown_key(problem: _Problem, parser: ArgumentParser, group: str | None, k
     _, class_path, outer = problem.path
     if key == "class_path":  # with other keys beside it, all are taken for settings of the base class
         return f"`{outer}` has settings beside a `class_path`; a component's settings go under `init_args`."
-    known = _settings(class_path) if class_path else _options(parser)
+    known = settings_of(class_path) if class_path else options_of(parser)
     if group is not None:
         known = [name.removeprefix(f"{group}.") for name in known if name.startswith(f"{group}.")]
         owner = f"`{group}` of {class_path}"
@@ -131,7 +131,7 @@ def _unknown_key(problem: _Problem, parser: ArgumentParser, group: str | None, k
 
 
 def _unknown_option(problem: _Problem, parser: ArgumentParser, key: str) -> str:
-    known = _options(parser)
+    known = options_of(parser)
     head, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == head]
     return f"`{key}` is not a setting of {parser.prog.split()[-1]}; {_nearest_setting(key, siblings or known)}."
@@ -245,15 +245,16 @@ def _type_in_words(text: str) -> str:
     return _TYPES.get(match[1], match[1]) if match else wanted
 
 
-def _settings(class_path: str) -> list[str]:
+def settings_of(class_path: str) -> list[str]:
     """The settings of a class as jsonargparse sees them, dotted for those of a nested group."""
     module, _, name = class_path.rpartition(".")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
-    return _options(parser)
+    return options_of(parser)
 
 
-def _options(parser: ArgumentParser) -> list[str]:
+def options_of(parser: ArgumentParser) -> list[str]:
+    """The settings of a parser, dotted for those of a group."""
     return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
 
 

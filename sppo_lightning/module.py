@@ -13,7 +13,7 @@ from sppo_lightning import functional
 from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
 from sppo_lightning.batch import Experience, MicroBatch, Outcomes, PromptBatch, Rollouts
-from sppo_lightning.batching import check_mini_batch_size, micro_batches, mini_batches
+from sppo_lightning.batching import MicroRows, check_mini_batch_size, micro_batches, mini_batches
 from sppo_lightning.combination import check_combination, check_sampling
 from sppo_lightning.functional import KLEstimator
 from sppo_lightning.meter import Meter
@@ -192,26 +192,14 @@ class SPPOModule(ActorCritic):
         groups = self.groups_of(update.rollouts, self.rows_that_move_the_policy(update))
         critic_lengths = [] if self.critic is None else self.critic.lengths(update.rollouts)
         for_critic = micro_batches(critic_lengths, self.micro_batch_tokens)
-        idle = update.rows([0]).without_verdicts()  # what a rank that is done goes on with
-        most = self.most_over_ranks(max(len(groups), len(for_critic), 1))
-        for i in range(most):
-            yield MicroBatch(
-                policy=update.rows(groups[i]) if i < len(groups) else idle,
-                critic=update.rows(for_critic[i]) if i < len(for_critic) else idle,
-                index=groups[i] if i < len(groups) else [0],
-                share=1.0 / (most * self.trainer.world_size),
-                last=i == most - 1,
-            )
+        for [policy, critic], share, last in self.in_step(groups, for_critic):
+            yield MicroBatch(_rows(update, policy), _rows(update, critic), policy.index, share, last)
 
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
         lengths = rollouts.lengths
         groups = micro_batches([lengths[row] for row in rows], self.micro_batch_tokens)
         return [[rows[i] for i in group] for group in groups]
-
-    def most_over_ranks(self, number: int) -> int:
-        """The greatest `number` of all ranks; each goes on to it with rows that are masked."""
-        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="max"))
 
     def global_counts(self, update: Experience) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict of this mini-batch, over all ranks; at least 1 each."""
@@ -242,10 +230,8 @@ class SPPOModule(ActorCritic):
     def frozen_log_probs(self, policy: CausalLMPolicy, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:
         """Log-probabilities `[N, T]` of `rows` under `policy`, without gradient, within the token budget."""
         log_probs = torch.zeros_like(rollouts.sampled_log_probs)
-        groups = self.groups_of(rollouts, rows)
-        for i in range(self.most_over_ranks(len(groups))):
-            index = groups[i] if i < len(groups) else [0]
-            log_probs[index] = policy(rollouts.rows(index))[0]
+        for [group], _, _ in self.in_step(self.groups_of(rollouts, rows)):
+            log_probs[group.index] = policy(rollouts.rows(group.index))[0]
         return log_probs
 
     def value_loss(self, rows: Experience, counts: dict[str, Tensor]) -> Tensor | None:
@@ -301,3 +287,8 @@ def total(policy_loss: Tensor, value_loss: Tensor | None, kl_coef: float, kl_los
     """What is minimised: the policy's loss, the critic's where there is one, and `kl_coef · KL`."""
     loss = policy_loss if value_loss is None else policy_loss + value_loss
     return loss if kl_loss is None else loss + kl_coef * kl_loss
+
+
+def _rows(update: Experience, chosen: MicroRows) -> Experience:
+    rows = update.rows(chosen.index)
+    return rows if chosen.counts else rows.without_verdicts()

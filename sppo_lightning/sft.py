@@ -51,12 +51,10 @@ class SFTModule(PolicyModule):
         examples = self.demonstrations(batch)
         count = examples.response_mask.sum()
         tokens = self.trainer.strategy.reduce(count, reduce_op="sum").clamp(min=1.0)
-        lengths = (examples.prompt_mask.sum(1) + examples.response_mask.sum(1)).long().tolist()
-        groups = micro_batches(lengths, self.micro_batch_tokens)
-        for i, rows in enumerate(groups):
-            log_probs, entropy = self.policy(examples.rows(rows))
-            self.accumulate(-log_probs.sum() / tokens, last=i == len(groups) - 1)
-            mask = examples.response_mask[rows].bool()
+        for [rows], _, last in self.in_step(micro_batches(examples.lengths, self.micro_batch_tokens)):
+            log_probs, entropy = self.policy(examples.rows(rows.index))
+            mask = examples.response_mask[rows.index].bool() & rows.counts
+            self.accumulate(-log_probs[mask].sum() / tokens, last)
             meter.add("sft/loss", -log_probs[mask].mean(), mask.sum())
             meter.add("policy/entropy", entropy[mask].mean(), mask.sum())
         meter.add("policy/grad_norm", self.step_optimizer(self.trained_modules())["policy"])

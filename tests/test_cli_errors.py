@@ -265,7 +265,7 @@ def test_what_a_component_refuses(refused: Callable[..., str], path: list[Any], 
         (["fit", "--config=rn.yaml"], "`--config`=rn.yaml does not exist; the nearest is run.yaml."),
         (
             ["fit", "--config", "run.yaml"],
-            "`--config`=run.yaml is not valid YAML in line 2, column 2: expected ',' or ']', but got ':'.",
+            "`--config`=run.yaml is not valid YAML in line 2, column 2: did not find expected ',' or ']'.",
         ),
         (
             ["fit", "-c", "list.yaml"],

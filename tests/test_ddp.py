@@ -1,20 +1,31 @@
 """One process or two: the same losses, weights and validation metrics."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from test_resume import CHAIN_WORDS
-from tiny import make_critic
+from lightning.pytorch import seed_everything
+from tiny import make_chain_policy, make_chain_sppo, make_trainer
 
-from sppo_lightning import SPPOModule
+from sppo_lightning import SFTModule
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import RolloutGeneration, Verifier
-from sppo_lightning.data import ChainTask, PromptDataModule
+from sppo_lightning.data import ChainTask, PromptDataModule, PromptSource
 from sppo_lightning.engines import Sampling
-from sppo_lightning.models import TinyPolicy
-from sppo_lightning.optim import GroupOptimizer
+
+
+class Given(PromptSource):
+    """The rows that it is given."""
+
+    origin = "Given"
+
+    def __init__(self, given: Sequence[Mapping[str, Any]]) -> None:
+        self.given = given
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        return self.given
 
 
 class Parity(Verifier):
@@ -33,15 +44,7 @@ class Parity(Verifier):
 
 def run(devices: int, silent: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     seed_everything(5, verbose=False)
-    rate = GroupOptimizer(lr=1e-3)
-    module = SPPOModule(
-        TinyPolicy(CHAIN_WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32),
-        make_critic(words=CHAIN_WORDS),
-        policy_optimizer=rate,
-        critic_optimizer=rate,
-        mini_batch_size=4,
-        micro_batch_tokens=24,
-    )
+    module = make_chain_sppo(1e-3, micro_batch_tokens=24)
     data = PromptDataModule(
         train=ChainTask({"1-3": 1.0}, size=24),
         validation={"few": ChainTask({"1-3": 1.0}, size=3, split="validation")},
@@ -50,24 +53,14 @@ def run(devices: int, silent: int = 0) -> tuple[dict[str, torch.Tensor], dict[st
         shuffle=False,
     )
     settings: dict[str, Any] = {"strategy": "ddp_fork"} if devices > 1 else {}
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = make_trainer(
+        RolloutGeneration(Sampling(max_new_tokens=8), validation=Sampling(max_new_tokens=8, samples_per_prompt=3)),
+        Parity(silent),
         devices=devices,
-        callbacks=[
-            RolloutGeneration(
-                Sampling(max_new_tokens=8), validation=Sampling(max_new_tokens=8, samples_per_prompt=3)
-            ),
-            Parity(silent),
-        ],
         max_steps=4,
         max_epochs=-1,
         val_check_interval=2,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
         **settings,
     )
@@ -89,3 +82,53 @@ def test_two_processes_do_what_one_does(silent: int) -> None:
     assert {"policy/loss", "critic/loss", "policy/grad_norm", "val/few/avg@3"} <= set(compared)
     for name in compared:
         assert same[name] == pytest.approx(metrics[name], abs=2e-6), name
+
+
+class RecordingSFT(SFTModule):
+    """Keeps for each rank how many backward passes an update took, how many its rows alone need, and gradients."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(make_chain_policy(), micro_batch_tokens=40)
+        self.folder = folder
+        self.found: list[dict[str, Any]] = []
+
+    def in_step(self, *groupings: Sequence[list[int]]) -> Iterator[Any]:
+        self.found.append({"needed": len(groupings[0]), "backwards": []})
+        return super().in_step(*groupings)
+
+    def accumulate(self, loss: torch.Tensor, last: bool) -> None:
+        self.found[-1]["backwards"].append(last)
+        super().accumulate(loss, last)
+
+    def step_optimizer(self, modules: Any) -> Any:
+        self.found[-1]["gradients"] = {name: p.grad.clone() for name, p in self.named_parameters()}
+        torch.save(self.found, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
+        return super().step_optimizer(modules)
+
+
+def supervised(devices: int, folder: Path) -> tuple[list[list[dict[str, Any]]], float]:
+    """What each rank recorded in two updates, and the last loss."""
+    seed_everything(5, verbose=False)
+    module = RecordingSFT(folder)
+    module.configure_model()
+    short, long = (ChainTask({length: 1.0}, 8, demonstrations=True).rows() for length in ("1", "4"))
+    rows = [row for pair in zip(short, long, strict=True) for row in pair]  # ranks take turns
+    data = PromptDataModule(train=Given(rows), batch_size=8, shuffle=False)
+    settings: dict[str, Any] = {"strategy": "ddp_fork"} if devices > 1 else {}
+    trainer = make_trainer(devices=devices, max_steps=2, log_every_n_steps=1, **settings)
+    trainer.fit(module, data)
+    ranks = [torch.load(folder / f"{devices}-{rank}.pt") for rank in range(devices)]
+    return ranks, float(trainer.callback_metrics["sft/loss"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_supervised_ranks_keep_in_step_and_learn_what_one_process_does(tmp_path: Path) -> None:
+    [one], loss = supervised(1, tmp_path)
+    ranks, same = supervised(2, tmp_path)
+    for update, first, second in zip(one, *ranks, strict=True):
+        assert first["needed"] < second["needed"]
+        assert first["backwards"] == second["backwards"] == [False] * (second["needed"] - 1) + [True]
+        for name, gradient in update["gradients"].items():
+            torch.testing.assert_close(first["gradients"][name], gradient, atol=1e-6, rtol=1e-5)
+            assert torch.equal(first["gradients"][name], second["gradients"][name])
+    assert same == pytest.approx(loss, abs=1e-6)

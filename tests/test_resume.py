@@ -6,17 +6,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import make_critic
+from tiny import make_chain_sppo, make_trainer
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import ExactMatch, ReferenceRefresh, RolloutGeneration, Verifier
 from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Sampling
-from sppo_lightning.models import TinyPolicy
-from sppo_lightning.optim import GroupOptimizer
-
-CHAIN_WORDS = r"0 1 2 3 4 5 6 7 8 9 +1 +2 +3 = ; \boxed{ } a b c d e f g h i j k l m n o p q r s t"
 
 
 class StopAfter(Callback):
@@ -41,16 +37,7 @@ def run(
 ) -> tuple[SPPOModule, Trainer]:
     """Two updates per iteration, three iterations per epoch; a checkpoint after `every` iterations."""
     seed_everything(5, verbose=False)
-    rate = GroupOptimizer(lr=1e-2)
-    module = SPPOModule(
-        TinyPolicy(CHAIN_WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32),
-        make_critic(words=CHAIN_WORDS),
-        policy_optimizer=rate,
-        critic_optimizer=rate,
-        lr_schedule="linear",
-        mini_batch_size=4,
-        kl_coef=0.05,
-    )
+    module = make_chain_sppo(1e-2, lr_schedule="linear", kl_coef=0.05)
     data = PromptDataModule(train=ChainTask({"1-3": 1.0}, size=24), batch_size=8)
     callbacks = [
         RolloutGeneration(Sampling(max_new_tokens=8)),
@@ -61,16 +48,8 @@ def run(
     if every is not None:
         callbacks.append(StopAfter(iterations))
         callbacks.append(ModelCheckpoint(folder, "cut", every_n_train_steps=2 * every, save_top_k=-1))
-    trainer = Trainer(
-        accelerator="cpu",
-        callbacks=callbacks,
-        max_steps=14,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=every is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=-1,
+    trainer = make_trainer(
+        *callbacks, max_steps=14, max_epochs=-1, limit_val_batches=0, enable_checkpointing=every is not None
     )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
     return module, trainer

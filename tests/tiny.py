@@ -15,9 +15,11 @@ from sppo_lightning.callbacks import Verifier
 from sppo_lightning.engines.engine import pack_rollouts
 from sppo_lightning.models import CausalLMPolicy, PromptCritic, TinyPolicy
 from sppo_lightning.models.tiny import word_tokenizer
+from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import Stage
 
 WORDS = "0 1 2 3 4 5 6 7 8 9 + - = ; a b c d e f g h i j k l m n o p q r s t u"  # 38 ids with the special ones
+CHAIN_WORDS = r"0 1 2 3 4 5 6 7 8 9 +1 +2 +3 = ; \boxed{ } a b c d e f g h i j k l m n o p q r s t"  # of ChainTask
 CRITIC_CONFIG = {
     "model_type": "qwen2",
     "hidden_size": 16,
@@ -105,6 +107,24 @@ def make_critic(seed: int = 1, **settings: Any) -> TinyCritic:
     critic = TinyCritic(**settings)
     critic.build()
     return critic
+
+
+def make_chain_policy() -> TinyPolicy:
+    """A policy of one layer for the chain task, not yet built."""
+    return TinyPolicy(CHAIN_WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
+
+
+def make_chain_sppo(learning_rate: float, **settings: Any) -> SPPOModule:
+    """SPPO on the chain task, in mini-batches of 4."""
+    rate = GroupOptimizer(lr=learning_rate)
+    return SPPOModule(
+        make_chain_policy(),
+        make_critic(words=CHAIN_WORDS),
+        policy_optimizer=rate,
+        critic_optimizer=rate,
+        mini_batch_size=4,
+        **settings,
+    )
 
 
 def make_batch(policy: TinyPolicy, texts: Sequence[str], gold: str = "5", first_row: int = 0) -> PromptBatch:

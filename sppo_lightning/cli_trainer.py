@@ -1,0 +1,108 @@
+"""What Lightning's trainer refuses, and a checkpoint that is none, told in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import re
+import traceback
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from sppo_lightning.errors import InputError
+
+_OUR_FOLDER = str(Path(__file__).parent)
+_ITS_FOLDER = str(Path(lightning.__file__).parent)
+_BY_WORD = ("best", "last", "hpc")  # checkpoints that Lightning finds by itself
+
+
+@contextmanager
+def told_in_one_sentence(accelerator: Any = None) -> Iterator[None]:
+    """Raise `InputError` for what Lightning refuses on its own account; whatever else is raised passes.
+
+    `accelerator` is the trainer's setting, which Lightning's message may leave out.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, KeyError) as error:
+        if not _is_refusal(error):
+            raise
+        raise InputError(_sentence(str(error.args[0] if error.args else error), accelerator)) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a `raise` of Lightning's is where the error is from, with no code of ours or a user's in between."""
+    frames = traceback.extract_tb(error.__traceback__)
+    while frames and frames[0].filename.startswith(_OUR_FOLDER):
+        frames.pop(0)
+    its_own = all(frame.filename.startswith(_ITS_FOLDER) for frame in frames)
+    return bool(frames) and its_own and (frames[-1].line or "").startswith("raise ")
+
+
+def _sentence(message: str, accelerator: Any) -> str:
+    if match := re.match(r"You selected an invalid (accelerator|strategy) name: `\w+='(.*?)'`", message):
+        setting, value = match.groups()
+        known = {
+            "accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
+            "strategy": ["auto", *StrategyRegistry.available_strategies()],
+        }[setting]
+        close = difflib.get_close_matches(value, known, n=1)
+        way_out = f"the nearest is {close[0]}" if close else f"there are {', '.join(known)}"
+        return f"`trainer.{setting}`={value} does not exist; {way_out}."
+    if re.search(r"No supported gpu backend found|can not run on your system", message):
+        return f"`trainer.accelerator`={accelerator} needs what this machine or its torch lacks; use cpu or auto."
+    return f"Lightning refuses this run: {' '.join(message.split()).rstrip('.')}."
+
+
+def check_checkpoint(name: str, weights_only: bool | None = None) -> None:
+    """Raise `InputError` for a `--ckpt_path` that is not there or is no checkpoint of a run.
+
+    Words such as `last`, and paths on another machine, are left to Lightning.
+    """
+    path = Path(name).expanduser()
+    if name in _BY_WORD or re.match(r"\w+:", name):
+        return
+    if path.is_dir():
+        if not (path / "meta.pt").is_file():  # that of sharded weights
+            raise InputError(f"`--ckpt_path`={name} is a folder, not a checkpoint{_one_of(path, '')}.")
+    elif not path.exists():
+        raise InputError(f"`--ckpt_path`={name} does not exist{_one_of(path.parent, path.name)}.")
+    elif not _is_checkpoint(path, weights_only):
+        raise InputError(
+            f"`--ckpt_path`={name} is not a checkpoint of a run; give a file that ModelCheckpoint wrote, or start "
+            "from a model's weights with `--model.policy.pretrained`."
+        )
+
+
+def _one_of(folder: Path, name: str) -> str:
+    """`"; the nearest is …"`, or the newest where no name is given, among the checkpoints in `folder`."""
+    there = sorted(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+    names = [file.name for file in there]
+    close = difflib.get_close_matches(name, names, n=1) if name else names[:1]
+    if not close:
+        return "; check its path"
+    return f"; the {'nearest' if name else 'newest in it'} is {there[names.index(close[0])]}"
+
+
+def _is_checkpoint(path: Path, weights_only: bool | None) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        # nothing but the table of contents: a checkpoint may be larger than the memory
+        content: Any = torch.load(path, map_location="meta", mmap=True, weights_only=weights_only is not False)
+    except pickle.UnpicklingError:
+        return True  # with objects that only `--weights_only=false` loads, which Lightning will say
+    except Exception:
+        return False
+    return isinstance(content, dict) and "pytorch-lightning_version" in content
