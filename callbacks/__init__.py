@@ -1,6 +1,7 @@
 """The pipeline's stages and everything a user adds to it."""
 
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
+from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
@@ -14,6 +15,7 @@ from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
     "CompletionWriter",
+    "CriticCalibration",
     "ExactMatch",
     "HFExport",
     "InitialValidation",
