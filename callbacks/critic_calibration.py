@@ -44,6 +44,7 @@ class CriticCalibration(Callback):
         self.bins = bins
         self.every_n_validations = every_n_validations
         self.validations = 0  # with a critic, of this run and those that it resumes
+        self._iteration: int | None = None  # iterations done at the last of them; None outside `fit`
         self._is_drawn = True  # the last of them
         self._is_worse = False  # than the mean, at the last of them
 
@@ -59,6 +60,7 @@ class CriticCalibration(Callback):
             return
         self._is_drawn = self.validations % self.every_n_validations == 0
         self.validations += 1
+        self._iteration = trainer.fit_loop.total_batch_idx + 1 if trainer.state.fn == TrainerFn.FITTING else None
         self._compare(trainer, _overall(problems))
         if self._is_drawn:
             self._draw(trainer, problems)
@@ -77,6 +79,10 @@ class CriticCalibration(Callback):
         """Go on where the checkpoint was saved."""
         self.validations, self._is_worse = state_dict["validations"], state_dict["is_worse"]
 
+    @property
+    def _when(self) -> str:
+        return "" if self._iteration is None else f" at iteration {self._iteration}"
+
     def _compare(self, trainer: Trainer, problems: ProblemTable) -> None:
         """Warn when the critic has become worse than the mean pass rate."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
@@ -88,7 +94,7 @@ class CriticCalibration(Callback):
         if skill < 0 and not self._is_worse:
             rank_zero_warn(
                 f"The critic foresees outcomes worse than the mean pass rate alone does: Brier skill {skill:.2f}, "
-                f"squared error {metrics['brier']:.3f} on {len(problems)} held-out problems{_when(trainer)}. "
+                f"squared error {metrics['brier']:.3f} on {len(problems)} held-out problems{self._when}. "
                 "Advantages R − V are then noisier than with a constant for V. Raise the critic's learning rate "
                 "(`model.critic_optimizer.lr`), warm the critic up before the policy learns from it, or use the "
                 "batch mean as the baseline in its place."
@@ -99,16 +105,17 @@ class CriticCalibration(Callback):
         if not trainer.is_global_zero:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        iteration = _iteration(trainer)
-        report = {"iteration": iteration, "data_sets": {n: self.describe(table) for n, table in problems.items()}}
+        data_sets = {name: self.describe(table) for name, table in problems.items()}
+        report = {"iteration": self._iteration, "data_sets": data_sets}
         text = json.dumps(plain(report), indent=2, allow_nan=False)
         replace_file(self.path / "calibration.json", lambda path: path.write_text(text + "\n"))
         overall = _overall(problems)
-        title = f"Critic calibration{_when(trainer)}"
+        title = f"Critic calibration{self._when}"
         figure = calibration_figure(overall.values.numpy(), overall.pass_rates.numpy(), self.bins, title)
         replace_file(self.path / "calibration.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+        step = max((self._iteration or 0) - 1, 0)  # Lightning counts the scalars of a validation from 0
         for logger in tensorboard_loggers(trainer):
-            logger.experiment.add_figure("critic/calibration", figure, iteration or 0, close=False)
+            logger.experiment.add_figure("critic/calibration", figure, step, close=False)
 
     def describe(self, problems: ProblemTable) -> dict[str, Any]:
         """What `calibration.json` says of the problems of a data set."""
@@ -133,13 +140,3 @@ def _with_values(module: LightningModule) -> dict[str, ProblemTable]:
 def _overall(problems: dict[str, ProblemTable]) -> ProblemTable:
     """All problems, or those of the only data set."""
     return next(iter(problems.values()))
-
-
-def _iteration(trainer: Trainer) -> int | None:
-    """Iterations done, as where Lightning logs a validation; None outside `fit`."""
-    return trainer.fit_loop.total_batch_idx + 1 if trainer.state.fn == TrainerFn.FITTING else None
-
-
-def _when(trainer: Trainer) -> str:
-    iteration = _iteration(trainer)
-    return "" if iteration is None else f" at iteration {iteration}"

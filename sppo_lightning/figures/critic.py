@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from sppo_lightning.calibration import Bin, critic_metrics, reliability_bins
-from sppo_lightning.figures.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, legend_below, percent, tidy
+from sppo_lightning.figures.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, counted, legend_below, percent, tidy
 
 _NUMBERS = {  # in the corner, from top to bottom
     "critic/brier_skill": "Brier skill",
@@ -50,8 +50,7 @@ def _reliability(values: ArrayLike, outcomes: ArrayLike, bins: int, unit: str, o
     known = np.isfinite(observed)
     predicted, observed = predicted[known], observed[known]
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    number = f"{len(predicted)} {unit}s" if len(predicted) != 1 else f"1 {unit}"
-    figure.suptitle(f"{title}, {number}", fontsize=12, fontweight="bold")
+    figure.suptitle(f"{title}, {counted(len(predicted), unit)}", fontsize=12, fontweight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(4, 1.1), height_ratios=(1.1, 4), wspace=0.03, hspace=0.03)
     main = figure.add_subplot(grid[1, 0])
     above, right = figure.add_subplot(grid[0, 0], sharex=main), figure.add_subplot(grid[1, 1], sharey=main)
@@ -59,6 +58,7 @@ def _reliability(values: ArrayLike, outcomes: ArrayLike, bins: int, unit: str, o
     if len(predicted):
         both = torch.from_numpy(predicted), torch.from_numpy(observed)
         _draw_reliability(main, predicted, observed, reliability_bins(*both, bins), unit)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
         _write_numbers(corner, {name: float(v) for name, v in critic_metrics(*both, bins).items()})
     corner.set_axis_off()
     above.hist(predicted, bins=bins, range=(0, 1), color=SKY, edgecolor="white", linewidth=0.6)
@@ -74,7 +74,6 @@ def _reliability(values: ArrayLike, outcomes: ArrayLike, bins: int, unit: str, o
     )
     for axes in (main, above, right):
         tidy(axes)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
     return figure
 
 
@@ -130,12 +129,13 @@ def tail_effect_figure(
         known = np.isfinite(table).any(axis=0)
         places = (np.arange(table.shape[1])[known] + 0.5) / table.shape[1]
         mean, spread = np.nanmean(table[:, known], axis=0), np.nanstd(table[:, known], axis=0)
-        label = f"{name} ({len(table)} responses)"
+        label = f"{name} ({counted(len(table), 'response')})"
         axes.plot(places, mean, color=colour, linestyle=dashes, linewidth=2.2, label=label, zorder=3)
         axes.fill_between(places, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
-    axes.set(
-        xlim=(0, 1), ylim=(0, 1.02), xlabel="position in the response", ylabel="$V(s_t)$, mean ± standard deviation"
-    )
+    axes.margins(0)
+    low, high = axes.get_ylim()  # a value head without a sigmoid may leave [0, 1]
+    axes.set(xlim=(0, 1), ylim=(min(low, 0.0), max(high, 1.02)))
+    axes.set(xlabel="position in the response", ylabel="$V(s_t)$, mean ± standard deviation")
     axes.xaxis.set_major_formatter(percent())
     tidy(axes)
     legend_below(axes)

@@ -83,8 +83,7 @@ def _draw_accuracy(
     if control:
         axes.plot([], [], color=GREY, linestyle=(0, (4, 2)), label="control")
     axes.set(title="Accuracy on held-out prompts", ylabel="share of sampled responses solved", ylim=(0, 1.02))
-    if names:
-        legend_below(axes)
+    legend_below(axes)
 
 
 def _sampled(validation: Mapping[str, Any]) -> dict[str, float]:
@@ -113,8 +112,7 @@ def _draw_training(axes: Axes, curve: Sequence[Mapping[str, Any]], divisor: floa
         axes.set(title="Training loss", ylabel="negative log-likelihood (nats per token)", yscale="log")
     else:
         axes.set(title="Training reward", ylabel="mean of the iteration", ylim=(0, 1.02))
-    if axes.get_legend_handles_labels()[0]:
-        legend_below(axes)
+    legend_below(axes)
 
 
 def running_mean(values: ArrayLike) -> NDArray[np.float64]:

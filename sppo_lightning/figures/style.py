@@ -26,8 +26,9 @@ def tidy(axes: Axes) -> None:
 
 
 def legend_below(axes: Axes) -> None:
-    """The legend under the axes' label, where it hides no data."""
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+    """The legend under the axes' label, where it hides no data; none where nothing has a name."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
@@ -40,3 +41,8 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def percent() -> PercentFormatter:
     """Labels for an axis from 0 to 1."""
     return PercentFormatter(1.0, decimals=0)
+
+
+def counted(number: int, unit: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {unit}{'' if number == 1 else 's'}"
