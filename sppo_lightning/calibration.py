@@ -47,7 +47,7 @@ class Bin:
 def reliability_bins(values: Tensor, outcomes: Tensor, bins: int = 10) -> list[Bin]:
     """The bins of equal width on [0, 1] that hold at least one of `values` `[N]`, with their `outcomes` `[N]`."""
     values, outcomes = values.double(), outcomes.double()
-    place = (values * bins).long().clamp(max=bins - 1)
+    place = (values * bins).long().clamp(0, bins - 1)  # a critic without a sigmoid may leave [0, 1]
     found = []
     for index in place.unique().tolist():
         inside = outcomes[place == index]

@@ -74,6 +74,12 @@ def test_reliability_bins_by_hand():
     assert calibration_error(values, outcomes, bins=4) == pytest.approx(expected)
 
 
+def test_values_outside_of_0_and_1_are_in_the_outer_bins():
+    low, high = reliability_bins(torch.tensor([-0.5, 0.25, 1.5]), torch.tensor([0.0, 1.0, 1.0]), bins=2)
+    assert (low.count, low.value_mean, low.outcome_mean) == (2, -0.125, 0.5)
+    assert (high.low, high.high, high.count, high.value_mean) == (0.5, 1.0, 1, 1.5)
+
+
 def test_pass_rates_are_no_hits_and_misses():
     # V is the pass rate itself: no error, where rates cut at ½ would make it 0.4 and 0.3
     rates = [0.4, 0.7]
