@@ -1,6 +1,7 @@
 """The pipeline's stages and everything a user adds to it."""
 
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
+from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.hf_export import HFExport
@@ -17,6 +18,7 @@ from sppo_lightning.callbacks.verifier import Verifier
 __all__ = [
     "CompletionWriter",
     "DynamicSampling",
+    "CriticCalibration",
     "ExactMatch",
     "HFExport",
     "InitialValidation",

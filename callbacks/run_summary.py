@@ -199,10 +199,10 @@ class RunSummary(Callback):
 
     def _write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain(self.summary()), indent=2, allow_nan=False)
-        _replace(self.path / "summary.json", lambda path: path.write_text(text + "\n"))
+        text = json.dumps(plain(self.summary()), indent=2, allow_nan=False)
+        replace_file(self.path / "summary.json", lambda path: path.write_text(text + "\n"))
         figure = learning_curve(self.curve, self.validations, title=self.title)
-        _replace(self.path / "learning_curve.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+        replace_file(self.path / "learning_curve.png", lambda path: figure.savefig(path, dpi=150, format="png"))
 
 
 def accuracies(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -263,18 +263,18 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` with six decimals, and null for each number that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path`, then move over it: readers find the old file or the new one, never half of one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     write(draft)

@@ -46,7 +46,7 @@ class SampleLog(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say so where there is nothing to write to."""
-        if stage == "fit" and not _writers(trainer):
+        if stage == "fit" and not tensorboard_loggers(trainer):
             rank_zero_info("SampleLog writes to TensorBoard only, and `trainer.logger` has no TensorBoardLogger.")
 
     def on_train_batch_start(
@@ -73,17 +73,20 @@ class SampleLog(Callback):
             both: Any = pl_module.all_gather(torch.stack([values.float(), rollouts.rewards]))
             predicted, observed = both.reshape(-1, 2, len(rollouts)).transpose(0, 1).reshape(2, -1).cpu()
             figure = value_against_reward(predicted.numpy(), observed.numpy()) if trainer.is_global_zero else None
-        for logger in _writers(trainer):
+        for logger in tensorboard_loggers(trainer):
             logger.experiment.add_text("samples", table, step)
             if figure is not None:
                 logger.experiment.add_figure("critic/value_against_reward", figure, step, close=False)
 
     def _is_due(self, trainer: Trainer) -> bool:
         # the same on every rank, because the critic's forward and the gathering need them all
-        return bool(_writers(trainer)) and trainer.fit_loop.total_batch_idx % self.every_n_iterations == 0
+        return (
+            bool(tensorboard_loggers(trainer)) and trainer.fit_loop.total_batch_idx % self.every_n_iterations == 0
+        )
 
 
-def _writers(trainer: Trainer) -> list[TensorBoardLogger]:
+def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers that take text and figures."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 

@@ -164,6 +164,9 @@ class PolicyModule(LightningModule):
         names = getattr(datamodule, "validation_names", None) or [f"set{i}" for i in range(len(loaders))]
         if self.trainer.testing:
             names = getattr(datamodule, "test_names", None) or names
+        known = self.trainer.callback_metrics
+        for name in [name for name in known if name.startswith("val/")]:
+            del known[name]  # or what an earlier validation logged would pass for this one's, where it has none
         metrics = self.evaluation.report(names)
         self.evaluation.reset()
         self.phase_seconds = {}

@@ -1,27 +1,51 @@
-"""Validation metrics: avg@k, pass@k, greedy accuracy and the critic's foresight, per data set."""
+"""Validation metrics: avg@k, pass@k, maj@k, greedy accuracy and the critic's foresight, per data set."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+from torchmetrics.utilities import dim_zero_cat
 
 from sppo_lightning.batch import Prompt, Rollouts
+from sppo_lightning.calibration import critic_metrics
+from sppo_lightning.verification.answers import exact_number, extract_answer, normalize
 
-_COLUMNS = 5  # data set, problem, reward, greedy, value
+_COLUMNS = ("dataset", "row", "sample", "problem", "greedy", "reward", "value", "answer")
+_ORDER = _COLUMNS[:3]  # says which response is earlier, whatever rank it was sampled on
+
+
+def _digest(text: str) -> int:
+    """48 bits of `text`, which a float64 holds exactly."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest(), "little")
 
 
 def problem_id(prompt: Prompt) -> int:
     """The same number for the same question and gold, exact as a float64; rows may repeat a problem."""
-    digest = hashlib.blake2b(f"{prompt.question}\x00{prompt.gold}".encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "little")
+    return _digest(f"{prompt.question}\x00{prompt.gold}")
+
+
+def answer_key(response: str) -> float:
+    r"""The same number, exact as a float64, for responses with the same final answer; NaN for one without.
+
+    Answers are the same where they are written alike (spacing and how LaTeX writes a fraction aside) or are the
+    same number: `0.5` and `\frac12` are, `5` and `x=5` are not.
+    """
+    answer = extract_answer(response)
+    if answer is None:
+        return math.nan
+    text = normalize(answer)
+    number = exact_number(text)
+    return float(_digest(text if number is None else str(number)))
 
 
 class Evaluation(Metric):
@@ -29,7 +53,11 @@ class Evaluation(Metric):
 
     A data set stored several times over (AIME24: 30 problems in 240 rows) counts each problem once, with all its
     responses. Responses without a verdict count as unsolved in no metric: they are left out. Right under any
-    number of ranks with uneven shares, because the rows themselves are gathered.
+    number of ranks with uneven shares, because the rows themselves are gathered and put in order.
+
+    Attributes:
+        last_problems: The problems of the last report by data set, the same on every rank, "all" being all of
+            them where there are several data sets; data sets without a sampled response are missing.
     """
 
     full_state_update = False
@@ -38,55 +66,150 @@ class Evaluation(Metric):
         super().__init__()
         self.rows: list[Tensor]
         self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.last_problems: dict[str, ProblemTable] = {}
 
     def update(self, dataset: int, rollouts: Rollouts, values: Tensor | None, greedy: bool = False) -> None:
         """Add responses of data set number `dataset`; `values` `[N]` are the critic's probabilities."""
-        if values is None:
-            values = torch.full_like(rollouts.rewards, torch.nan)
-        table = torch.zeros(len(rollouts), _COLUMNS, dtype=torch.float64, device=self.device)
-        table[:, 0] = dataset
-        table[:, 1] = torch.tensor([problem_id(p) for p in rollouts.prompts], dtype=torch.float64)
-        table[:, 2] = rollouts.rewards
-        table[:, 3] = float(greedy)
-        table[:, 4] = values
-        self.rows.append(table)
+        columns: dict[str, Any] = {
+            "dataset": [dataset] * len(rollouts),
+            "row": [prompt.row for prompt in rollouts.prompts],
+            "sample": _occurrences(rollouts.prompt_index.tolist()),
+            "problem": [problem_id(prompt) for prompt in rollouts.prompts],
+            "greedy": [greedy] * len(rollouts),
+            "reward": rollouts.rewards,
+            "value": [math.nan] * len(rollouts) if values is None else values,
+            "answer": [answer_key(response) for response in rollouts.responses],
+        }
+        made = [torch.as_tensor(columns[name], dtype=torch.float64, device=self.device) for name in _COLUMNS]
+        self.rows.append(torch.stack(made, dim=1))
 
     def compute(self) -> Tensor:
-        """All rows of all ranks, `[responses, 5]`, float64."""
-        return torch.cat([r.reshape(-1, _COLUMNS) for r in self.rows]) if len(self.rows) else torch.zeros(0, 5)
+        """All responses of all ranks, `[responses, columns]`, float64, by data set, row and sample."""
+        rows = dim_zero_cat(self.rows)  # a list before the ranks' rows are gathered, one tensor after
+        for name in reversed(_ORDER):
+            rows = rows[_column(rows, name).argsort(stable=True)]
+        return rows
 
     def report(self, names: Sequence[str]) -> dict[str, float]:
         """Metrics by name; the same number of collective calls on every rank, also on one with no prompts."""
         # an empty row block makes an empty rank take part in the gathering, which else would wait for it
-        self.rows.append(torch.zeros(0, _COLUMNS, dtype=torch.float64, device=self.device))
+        self.rows.append(torch.zeros(0, len(_COLUMNS), dtype=torch.float64, device=self.device))
         self._update_count += 1
         table = self.compute().cpu()
-        metrics: dict[str, float] = {}
-        for index, name in enumerate(names):
-            metrics |= _describe(name, table[table[:, 0] == index])
+        table = table[~_column(table, "reward").isnan()]
+        parts = {name: table[_column(table, "dataset") == index] for index, name in enumerate(names)}
         if len(names) > 1:
-            metrics |= _describe("all", table)
+            parts["all"] = table
+        metrics: dict[str, float] = {}
+        self.last_problems = {}
+        for name, rows in parts.items():
+            greedy = _column(rows, "greedy") > 0
+            if not greedy.all():
+                self.last_problems[name] = _problems(rows[~greedy])
+                found = self.last_problems[name].metrics()
+                metrics |= {f"val/{name}/{metric}": value for metric, value in found.items()}
+            if greedy.any():
+                metrics[f"val/{name}/greedy"] = float(_column(rows[greedy], "reward").mean())
         return metrics
 
 
-def _describe(name: str, table: Tensor) -> dict[str, float]:
-    """`val/<name>/…` of the rows of one data set."""
-    table = table[~table[:, 2].isnan()]
-    metrics: dict[str, float] = {}
-    sampled, greedy = table[table[:, 3] == 0], table[table[:, 3] == 1]
-    if len(sampled):
-        groups = [sampled[sampled[:, 1] == problem] for problem in sampled[:, 1].unique()]
-        k = max(len(group) for group in groups)
-        rates = torch.stack([group[:, 2].mean() for group in groups])
-        metrics[f"val/{name}/avg@{k}"] = float(rates.mean())
-        metrics[f"val/{name}/pass@{k}"] = sum(pass_at_k(group[:, 2], k) for group in groups) / len(groups)
-        values = torch.stack([group[0, 4] for group in groups])
-        if not values.isnan().any():
-            metrics[f"val/{name}/value_mean"] = float(values.mean())
-            metrics[f"val/{name}/critic_pearson"] = pearson(values, rates)
-    if len(greedy):
-        metrics[f"val/{name}/greedy"] = float(greedy[:, 2].mean())
-    return metrics
+def _occurrences(index: Sequence[int]) -> list[int]:
+    """How often each element stands before its own place."""
+    seen: Counter[int] = Counter()
+    found = []
+    for element in index:
+        found.append(seen[element])
+        seen[element] += 1
+    return found
+
+
+def _column(rows: Tensor, name: str) -> Tensor:
+    return rows[:, _COLUMNS.index(name)]
+
+
+def _problems(rows: Tensor) -> ProblemTable:
+    """The sampled responses `rows`, problem by problem."""
+    places: dict[float, list[int]] = {}
+    for place, problem in enumerate(_column(rows, "problem").tolist()):
+        places.setdefault(problem, []).append(place)
+    groups = [rows[found] for found in places.values()]
+    return ProblemTable(
+        rewards=[_column(group, "reward") for group in groups],
+        answers=[_column(group, "answer") for group in groups],
+        values=torch.stack([_column(group, "value")[0] for group in groups]),
+    )
+
+
+@dataclass(frozen=True)
+class ProblemTable:
+    """The sampled responses with a verdict of a data set's `M` problems, `n` of each; `n` may differ."""
+
+    rewards: list[Tensor]  # M, [n] each, float64, in the order of row and sample
+    answers: list[Tensor]  # M, [n] each: `answer_key` of the responses
+    values: Tensor  # [M], the critic's V; NaN without a critic
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def k(self) -> int:
+        """Responses of the problem that has the most."""
+        return max(len(rewards) for rewards in self.rewards)
+
+    @property
+    def pass_rates(self) -> Tensor:
+        """`[M]`: mean reward of each problem."""
+        return torch.stack([rewards.mean() for rewards in self.rewards])
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k, mean over the problems."""
+        return sum(pass_at_k(rewards, k) for rewards in self.rewards) / len(self)
+
+    def majority(self) -> float | None:
+        """Reward of the majority's answer, mean over the problems; None where no response gives an answer."""
+        if all(answers.isnan().all() for answers in self.answers):
+            return None  # as where a verifier reads whole responses
+        pairs = zip(self.answers, self.rewards, strict=True)
+        return sum(majority_reward(answers, rewards) for answers, rewards in pairs) / len(self)
+
+    def critic(self, bins: int = 10) -> dict[str, float]:
+        """`critic_metrics` of V against the pass rates, without their prefix; nothing without a critic."""
+        if self.values.isnan().any():
+            return {}
+        metrics = critic_metrics(self.values, self.pass_rates, bins)
+        return {name.removeprefix("critic/"): float(value) for name, value in metrics.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged of a data set, by the name's last part."""
+        found = {f"avg@{self.k}": float(self.pass_rates.mean()), f"pass@{self.k}": self.pass_at(self.k)}
+        if (majority := self.majority()) is not None:
+            found[f"maj@{self.k}"] = majority
+        if critic := self.critic():
+            found["value_mean"] = float(self.values.mean())
+            found |= {f"critic_{name}": value for name, value in critic.items()}
+        return found
+
+
+def pass_at_k(rewards: Tensor, k: int) -> float:
+    """Unbiased chance that one of `k` draws from these responses succeeds: `1 − C(n−c, k) / C(n, k)`.
+
+    `rewards` `[n]`; a response counts as a success at 1.0. Source: Chen et al. 2021, arXiv 2107.03374, eq. 1.
+    """
+    n, successes = len(rewards), int((rewards >= 1.0).sum())
+    return 1.0 - comb(n - successes, min(k, n)) / comb(n, min(k, n))
+
+
+def majority_reward(answers: Tensor, rewards: Tensor) -> float:
+    """Mean reward of the responses with the most frequent answer, of several the one that came first; 0 without.
+
+    `answers` `[n]` hold equal numbers for equal answers, and NaN for responses without one, which do not vote;
+    `rewards` `[n]`. Source: Wang et al. 2022, arXiv 2203.11171 (self-consistency).
+    """
+    votes = Counter(answers[~answers.isnan()].tolist())
+    if not votes:
+        return 0.0
+    winner, _ = votes.most_common(1)[0]  # which keeps the order of first appearance among equals
+    return float(rewards[answers == winner].mean())
 
 
 def by_dataset(metrics: Mapping[str, Any], kind: str) -> dict[str, float]:
@@ -106,40 +229,3 @@ def by_dataset(metrics: Mapping[str, Any], kind: str) -> dict[str, float]:
     if len(found) == 1:
         found["all"] = next(iter(found.values()))
     return {"all": found.pop("all"), **found} if "all" in found else found
-
-
-def pass_at_k(rewards: Tensor, k: int) -> float:
-    """Unbiased chance that one of `k` draws from these responses succeeds: `1 − C(n−c, k) / C(n, k)`.
-
-    `rewards` `[n]`; a response counts as a success at 1.0. Source: Chen et al. 2021, arXiv 2107.03374, eq. 1.
-    """
-    n, successes = len(rewards), int((rewards >= 1.0).sum())
-    return 1.0 - comb(n - successes, min(k, n)) / comb(n, min(k, n))
-
-
-def pearson(x: Tensor, y: Tensor) -> float:
-    """Correlation of two vectors `[n]`; 0 where one of them does not vary."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = x.norm() * y.norm()
-    return float((x @ y) / scale) if scale > 1e-12 else 0.0
-
-
-def critic_metrics(values: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-    """`critic/…`: how well the predicted chances `values` `[N]` agree with the outcomes `rewards` `[N]`.
-
-    `brier_skill` is the share of the batch mean's squared error that the critic removes: 0 is as good as knowing
-    the mean pass rate, below 0 is worse. `auroc` takes a reward of 0.5 or more as success and is left out where
-    all outcomes agree.
-    """
-    values, rewards = values.contiguous(), rewards.contiguous()
-    brier = (values - rewards).square().mean()
-    metrics = {"critic/brier": brier}
-    metrics["critic/pearson"] = torch.tensor(pearson(values, rewards))
-    spread = rewards.var(correction=0)
-    if spread > 1e-12:  # equal rewards such as 0.1 have a rounding error for a variance
-        metrics["critic/brier_skill"] = 1.0 - brier / spread
-    outcomes = (rewards >= 0.5).long()
-    metrics["critic/calibration_error"] = binary_calibration_error(values, outcomes, n_bins=10)
-    if 0 < int(outcomes.sum()) < len(outcomes):
-        metrics["critic/auroc"] = binary_auroc(values, outcomes)
-    return metrics

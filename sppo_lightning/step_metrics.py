@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sppo_lightning.batch import Experience, MicroBatch
-from sppo_lightning.evaluation import critic_metrics
+from sppo_lightning.calibration import critic_metrics
 from sppo_lightning.meter import Meter
 
 

@@ -1,18 +1,25 @@
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sppo_lightning.batch import Prompt, Rollouts, Scores
-from sppo_lightning.evaluation import Evaluation, by_dataset, critic_metrics, pass_at_k, pearson, problem_id
+from sppo_lightning.evaluation import (
+    Evaluation,
+    answer_key,
+    by_dataset,
+    majority_reward,
+    pass_at_k,
+    problem_id,
+)
 
 NAN = math.nan
 
 
-def scored(*rows: tuple[str, float]) -> Rollouts:
-    """A response to each (question, reward)."""
+def scored(*rows: tuple[str, float], responses: list[str] | None = None) -> Rollouts:
+    """A response to each (question, reward), each a prompt of its own; "x" gives no answer."""
     n = len(rows)
     made = Rollouts(
         prompts=[Prompt(question, "1", "sums", row) for row, (question, _) in enumerate(rows)],
@@ -22,7 +29,7 @@ def scored(*rows: tuple[str, float]) -> Rollouts:
         response_ids=torch.ones(n, 1, dtype=torch.long),
         response_mask=torch.ones(n, 1),
         sampled_log_probs=torch.zeros(n, 1),
-        responses=["x"] * n,
+        responses=responses or ["x"] * n,
         finish_reasons=["stop"] * n,
         temperature=1.0,
         policy_version=0,
@@ -96,11 +103,105 @@ def test_greedy_responses_are_kept_apart():
 
 def test_the_critics_values_meet_the_pass_rates_problem_by_problem():
     rows = scored(("a", 1.0), ("a", 0.0), ("b", 0.0), ("b", 0.0), ("c", 1.0), ("c", 1.0))
-    values = torch.tensor([0.6, 0.6, 0.2, 0.2, 0.7, 0.7])
+    values = torch.tensor([0.625, 0.625, 0.1875, 0.1875, 0.6875, 0.6875])
     metrics = report(["sums"], (0, rows, values))
-    # rates (0.5, 0, 1) about 0.5 and values (0.6, 0.2, 0.7) about 0.5: 0.25 / sqrt(0.5 · 0.14)
-    assert metrics["val/sums/critic_pearson"] == pytest.approx(0.25 / math.sqrt(0.5 * 0.14))
-    assert metrics["val/sums/value_mean"] == pytest.approx(0.5)
+    # rates (½, 0, 1) and values (0.625, 0.1875, 0.6875), both about 0.5; the variance of the rates is 1/6
+    brier = (0.125**2 + 0.1875**2 + 0.3125**2) / 3
+    in_one_bin = abs(0.625 + 0.6875 - 0.5 - 1) / 3  # the gaps of a and c, both in 0.6 to 0.7, partly cancel
+    assert metrics == approx(
+        {
+            "val/sums/avg@2": 0.5,
+            "val/sums/pass@2": 2 / 3,
+            "val/sums/value_mean": 0.5,
+            "val/sums/critic_pearson": 0.25 / math.sqrt(0.5 * (0.125**2 + 0.3125**2 + 0.1875**2)),
+            "val/sums/critic_spearman": 1.0,
+            "val/sums/critic_brier": brier,
+            "val/sums/critic_brier_skill": 1 - brier * 6,
+            "val/sums/critic_auroc": 1.0,
+            "val/sums/critic_calibration_error": in_one_bin + 0.1875 / 3,
+        }
+    )
+
+
+def test_the_problems_of_the_last_report_are_there_for_others_to_use():
+    evaluation = Evaluation()
+    evaluation.update(0, scored(("a", 1.0), ("b", NAN), ("a", 0.0)), torch.tensor([0.75, 0.5, 0.75]))
+    evaluation.update(1, scored(("c", 0.5)), torch.tensor([0.25]))
+    evaluation.report(["one", "two", "none"])
+    evaluation.reset()
+    found = evaluation.last_problems
+    assert {name: table.values.tolist() for name, table in found.items()} == {
+        "one": [0.75],
+        "two": [0.25],
+        "all": [0.75, 0.25],
+    }
+    assert found["all"].pass_rates.tolist() == [0.5, 0.5]
+    assert [rewards.tolist() for rewards in found["all"].rewards] == [[1.0, 0.0], [0.5]]
+    assert (found["all"].k, found["two"].k) == (2, 1)
+    assert found["all"].pass_at(1) == pytest.approx((0.5 + 0.0) / 2)
+    evaluation.report(["one"])
+    assert evaluation.last_problems == {}
+
+
+def test_the_majority_of_each_problems_answers_counts():
+    answers = [r"\boxed{4}", r"\boxed{5}", r"so \boxed{4.0}", r"\boxed{x}", "none", r"\boxed{y}", "none"]
+    rows = [("a", 0.0), ("a", 1.0), ("a", 0.0), ("b", 1.0), ("b", 0.0), ("b", 0.0), ("c", 0.0)]
+    metrics = report(["sums"], (0, scored(*rows, responses=answers), None))
+    # a: two of three say 4, which is wrong; b: x and y tie, and x came first; c: nobody votes
+    assert metrics["val/sums/maj@3"] == pytest.approx((0 + 1 + 0) / 3)
+    assert metrics["val/sums/avg@3"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3)
+
+
+def test_without_any_answer_there_is_no_majority():
+    rows = [("a", 1.0), ("b", 0.0)]
+    assert "val/sums/maj@1" not in report(["sums"], (0, scored(*rows), None))
+    assert report(["sums"], (0, scored(*rows, responses=["x", "#### 7"]), None))["val/sums/maj@1"] == 0.0
+
+
+def test_a_response_without_a_verdict_does_not_vote():
+    answers = [r"\boxed{1}", r"\boxed{2}", r"\boxed{2}"]
+    metrics = report(["sums"], (0, scored(("a", 1.0), ("a", NAN), ("a", NAN), responses=answers), None))
+    assert metrics["val/sums/maj@1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answers", "rewards", "expected"),
+    [
+        ([7.0, 8.0, 8.0], [1.0, 0.0, 0.0], 0.0),
+        ([7.0, 8.0, 7.0, 8.0], [1.0, 0.0, 1.0, 0.0], 1.0),  # a tie goes to the answer that came first
+        ([8.0, 7.0, 7.0, 8.0], [0.0, 1.0, 1.0, 0.0], 0.0),
+        ([NAN, NAN, 7.0], [0.0, 0.0, 1.0], 1.0),  # those without an answer do not vote
+        ([NAN, NAN], [1.0, 1.0], 0.0),
+        ([7.0, 7.0, 8.0], [1.0, 0.5, 0.0], 0.75),  # one answer, two rewards
+    ],
+)
+def test_majority_reward(answers: list[float], rewards: list[float], expected: float):
+    assert majority_reward(torch.tensor(answers), torch.tensor(rewards)) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (r"\boxed{4}", r"I think \boxed{ 4 }.", True),
+        (r"\boxed{\frac12}", r"\boxed{0.5}", True),
+        (r"\boxed{1{,}000}", "#### 1000", True),
+        (r"\boxed{\dfrac{a}{b}}", r"\boxed{\frac{a}{b}}", True),
+        (r"\boxed{3} no, \boxed{4}", r"\boxed{4}", True),  # the last box counts
+        (r"\boxed{4}", r"\boxed{-4}", False),
+        (r"\boxed{x=5}", r"\boxed{5}", False),
+        (r"\boxed{12}", r"\boxed{1 2}", False),
+    ],
+)
+def test_equal_answers_have_equal_keys(first: str, second: str, same: bool):
+    assert (answer_key(first) == answer_key(second)) is same
+
+
+def test_no_answer_has_no_key():
+    assert math.isnan(answer_key("I do not know"))
+    assert math.isnan(answer_key(r"\boxed{4"))
+    keys = [answer_key(rf"\boxed{{{i}}}") for i in range(1000)]
+    assert len(set(keys)) == 1000
+    assert all(key == int(key) < 2**48 for key in keys)
 
 
 def test_nothing_to_report():
@@ -134,50 +235,13 @@ def test_pass_at_k(rewards: list[float], k: int, expected: float):
     assert pass_at_k(torch.tensor(rewards), k) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "expected"),
-    [
-        ([1.0, 2.0, 3.0], [10.0, 20.0, 30.0], 1.0),
-        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], -1.0),
-        ([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0], 0.8),
-        ([0.3, 0.3, 0.3], [1.0, 0.0, 1.0], 0.0),  # no variation, no correlation
-        ([0.5], [1.0], 0.0),
-    ],
-)
-def test_pearson(x: list[float], y: list[float], expected: float):
-    assert pearson(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, abs=1e-9)
-
-
-def critic(values: list[float], rewards: list[float]) -> dict[str, float]:
-    tensors: list[Tensor] = [torch.tensor(values), torch.tensor(rewards)]
-    return {name.removeprefix("critic/"): float(value) for name, value in critic_metrics(*tensors).items()}
-
-
-def test_critic_metrics_by_hand():
-    metrics = critic([0.9, 0.35, 0.62, 0.2], [1.0, 1.0, 0.0, 0.0])
-    brier = (0.1**2 + 0.65**2 + 0.62**2 + 0.2**2) / 4
-    assert metrics["brier"] == pytest.approx(brier, abs=1e-6)
-    assert metrics["brier_skill"] == pytest.approx(1 - brier / 0.25, abs=1e-6)  # the rewards' variance is 1/4
-    assert metrics["auroc"] == pytest.approx(3 / 4)  # of the four pairs only (0.35, 0.62) is in the wrong order
-    # each value has a bin of its own, so the gaps are |0.9 − 1|, |0.35 − 1|, 0.62 and 0.2
-    assert metrics["calibration_error"] == pytest.approx((0.1 + 0.65 + 0.62 + 0.2) / 4, abs=1e-6)
-    centred = [0.9 - 0.5175, 0.35 - 0.5175, 0.62 - 0.5175, 0.2 - 0.5175]
-    expected = (centred[0] + centred[1]) / 2 - (centred[2] + centred[3]) / 2
-    assert metrics["pearson"] == pytest.approx(expected / math.sqrt(sum(c * c for c in centred)), abs=1e-6)
-
-
-def test_a_critic_that_knows_only_the_mean_has_no_skill():
-    metrics = critic([0.75] * 4, [1.0, 1.0, 1.0, 0.0])
-    assert metrics["brier_skill"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics["pearson"] == 0.0
-    assert metrics["auroc"] == pytest.approx(0.5)
-    assert metrics["calibration_error"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_metrics_without_meaning_are_left_out():
-    assert set(critic([0.5, 0.25], [1.0, 1.0])) == {"brier", "pearson", "calibration_error"}
-    assert set(critic([0.5, 0.25], [0.75, 0.5])) == {"brier", "pearson", "calibration_error", "brier_skill"}
-    assert set(critic([0.5] * 7, [0.1] * 7)) == {"brier", "pearson", "calibration_error"}  # variance 1e-17, not 0
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_success(n: int):
+    for successes, k in itertools.product(range(n + 1), range(1, n + 1)):
+        rewards = [1.0] * successes + [0.0] * (n - successes)
+        draws = list(itertools.combinations(rewards, k))
+        expected = sum(max(draw) for draw in draws) / len(draws)
+        assert pass_at_k(torch.tensor(rewards), k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(

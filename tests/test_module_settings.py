@@ -101,11 +101,13 @@ def test_metric_names_after_two_iterations():
             "auroc",
             "calibration_error",
             "pearson",
+            "spearman",
             "grad_norm",
         ],
         "advantage": ["std", "positive_fraction"],
         "time": [f"{phase}{kind}" for phase in ("rollout", "verify", "update") for kind in ("", "_share")],
-        "val/set0": ["avg@1", "pass@1", "greedy", "critic_pearson"],
+        "val/set0": ["avg@1", "pass@1", "greedy", "value_mean"]
+        + [f"critic_{kind}" for kind in ("brier", "pearson", "spearman", "calibration_error")],
         "sampler": ["logprob_gap"],
     }
     metrics = trainer.callback_metrics

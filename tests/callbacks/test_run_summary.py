@@ -3,12 +3,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from tiny_run import ByRow, Recorder, data, sft, sppo, stages, trainer_of
 
+from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.run_summary import RunSummary
+from sppo_lightning.callbacks.verifier import Verifier
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -187,6 +190,26 @@ def test_supervised_learning_has_a_loss_and_no_reward(tmp_path: Path) -> None:
     assert summary["before"] is None  # the only validation came after the last update
     assert summary["after"]["sampled"]["all"] == pytest.approx(recorder.validations[0]["val/all/avg@2"], abs=1e-6)
     assert summary["critic_pearson"] is None
+
+
+class Later(Verifier):
+    """Nothing is solved from the second validation on, so that there is no area under a curve."""
+
+    ends = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ends += 1
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        return [float(prompt.row == 0 and not self.ends) for prompt in prompts]
+
+
+def test_what_a_validation_did_not_measure_is_not_there(tmp_path: Path) -> None:
+    chain = [*stages(Later()), InitialValidation(), RunSummary(str(tmp_path / "summary"))]
+    trainer_of(chain, val_check_interval=100, max_steps=2).fit(sppo(tmp_path), datamodule=data(("held_out",)))
+    first, second = [row["metrics"] for row in read(tmp_path)["validations"]]
+    assert set(first) - set(second) == {"val/held_out/critic_auroc", "val/held_out/critic_brier_skill"}
+    assert (first["val/held_out/avg@2"], second["val/held_out/avg@2"]) == (0.125, 0.0)
 
 
 def test_what_was_not_measured_is_null(tmp_path: Path) -> None:

@@ -1,8 +1,4 @@
-"""Pictures of a run: what it learned over time, and how well the critic foresees the outcome.
-
-Every function takes plain numbers and returns a `matplotlib.figure.Figure`, without pyplot and its global
-state, so that they work in any thread and without a display.
-"""
+"""What a run learned over time."""
 
 from __future__ import annotations
 
@@ -15,20 +11,22 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from sppo_lightning.evaluation import by_dataset
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart (jfly.uni-koeln.de/color)
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
+from sppo_lightning.figures.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    legend_below,
+    tidy,
+    time_unit,
 )
+
 _DATASETS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 _MARKERS = ("o", "s", "^", "D", "v", "P")  # shape as well as colour tells the data sets apart
-_GREY = "#8A8A8A"
 
 
 def learning_curve(
@@ -50,7 +48,7 @@ def learning_curve(
     figure.suptitle(title, fontsize=13, fontweight="bold")
     held_out, training = figure.subplots(1, 2)
     last = max((row["seconds"] for row in [*curve, *validations, *(control or ())]), default=1.0)
-    divisor, unit = (60.0, "min") if last >= 600 else (1.0, "s")
+    divisor, unit = time_unit(last)
     _draw_accuracy(held_out, validations, control or (), divisor)
     _draw_training(training, curve, divisor)
     for axes in (held_out, training):
@@ -58,7 +56,7 @@ def learning_curve(
             xlabel=f"training time ({unit}), validation left out",
             xlim=np.array((-0.03, 1.03)) * last / divisor,
         )
-        _tidy(axes)
+        tidy(axes)
     return figure
 
 
@@ -83,10 +81,9 @@ def _draw_accuracy(
         axes.plot(times[:1], rates[:1], marker, markersize=7.5, markerfacecolor="white", **style)
         axes.plot(times[-1:], rates[-1:], marker, markersize=7.5, **style)
     if control:
-        axes.plot([], [], color=_GREY, linestyle=(0, (4, 2)), label="control")
+        axes.plot([], [], color=GREY, linestyle=(0, (4, 2)), label="control")
     axes.set(title="Accuracy on held-out prompts", ylabel="share of sampled responses solved", ylim=(0, 1.02))
-    if names:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+    legend_below(axes)
 
 
 def _sampled(validation: Mapping[str, Any]) -> dict[str, float]:
@@ -115,8 +112,7 @@ def _draw_training(axes: Axes, curve: Sequence[Mapping[str, Any]], divisor: floa
         axes.set(title="Training loss", ylabel="negative log-likelihood (nats per token)", yscale="log")
     else:
         axes.set(title="Training reward", ylabel="mean of the iteration", ylim=(0, 1.02))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+    legend_below(axes)
 
 
 def running_mean(values: ArrayLike) -> NDArray[np.float64]:
@@ -127,79 +123,6 @@ def running_mean(values: ArrayLike) -> NDArray[np.float64]:
     return np.array([np.nanmean(w) if np.isfinite(w).any() else np.nan for w in windows])
 
 
-def value_against_reward(values: ArrayLike, rewards: ArrayLike, bins: int = 10) -> Figure:
-    """The critic's V against the reward: binned means with their counts, and both distributions.
-
-    Args:
-        values: `[N]`, predicted chances of success in [0, 1].
-        rewards: `[N]`, outcomes in [0, 1]; those that are NaN have no verdict and are left out.
-        bins: Bins of equal width on [0, 1].
-    """
-    predicted, observed = np.asarray(values, np.float64), np.asarray(rewards, np.float64)
-    known = np.isfinite(observed)
-    predicted, observed = predicted[known], observed[known]
-    figure = Figure(figsize=(5.6, 5.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5), wspace=0.03, hspace=0.03)
-    main = figure.add_subplot(grid[1, 0])
-    _draw_reliability(main, predicted, observed, bins)
-    above = figure.add_subplot(grid[0, 0], sharex=main)
-    right = figure.add_subplot(grid[1, 1], sharey=main)
-    above.hist(predicted, bins=bins, range=(0, 1), color=SKY, edgecolor="white", linewidth=0.6)
-    right.hist(
-        observed,
-        bins=bins,
-        range=(0, 1),
-        color=GREEN,
-        edgecolor="white",
-        linewidth=0.6,
-        orientation="horizontal",
-    )
-    above.set_ylabel("responses", fontsize=8)
-    right.set_xlabel("responses", fontsize=8)
-    above.tick_params(labelbottom=False, labelsize=8)
-    right.tick_params(labelleft=False, labelsize=8)
-    for axes in (main, above, right):
-        _tidy(axes)
-    figure.suptitle(_foresight(predicted, observed), fontsize=11)
-    return figure
-
-
-def _draw_reliability(axes: Axes, values: NDArray, rewards: NDArray, bins: int) -> None:
-    """Mean reward of each bin of V, with its standard error and count, against perfect foresight."""
-    axes.plot((0, 1), (0, 1), color=_GREY, linestyle="--", linewidth=1.2, label="perfect foresight")
-    spread = np.random.default_rng(0).uniform(-0.012, 0.012, len(rewards))  # or equal rewards hide each other
-    axes.plot(values, rewards + spread, ".", color=BLUE, alpha=0.25, markersize=4, label="one response")
-    place = np.minimum((values * bins).astype(int), bins - 1)
-    for index in np.unique(place):
-        inside = place == index
-        count, mean = int(inside.sum()), rewards[inside].mean()
-        centre, error = values[inside].mean(), rewards[inside].std() / np.sqrt(count)
-        label = "mean of a bin ± standard error (count)" if index == place.min() else None
-        axes.errorbar(centre, mean, yerr=error, fmt="o", color=RED, markersize=7, capsize=3, label=label, zorder=4)
-        side = -11 if mean > 0.9 else 9
-        axes.annotate(f"{count}", (centre, mean), (8, side), textcoords="offset points", fontsize=8, va="center")
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05))
-    axes.set(xlabel="critic's V: predicted chance of success", ylabel="reward R of the response")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.93), framealpha=0.85)
-
-
-def _foresight(values: NDArray, rewards: NDArray) -> str:
-    """One line of numbers: how many, how far apart, how correlated."""
-    if not len(values):
-        return "no response with a verdict"
-    brier = np.square(values - rewards).mean()
-    text = f"{len(values)} responses    Brier score {brier:.3f}"
-    if values.std() > 1e-9 and rewards.std() > 1e-9:
-        text += f"    Pearson {np.corrcoef(values, rewards)[0, 1]:.2f}"
-    return text
-
-
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     """`[rows]`, NaN where a row has no such number."""
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

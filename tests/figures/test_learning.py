@@ -1,35 +1,16 @@
-import io
 import math
-import warnings
 from typing import Any
 
-import numpy as np
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from drawn import draw, lines_of
 
-from sppo_lightning.figures import learning_curve, running_mean, value_against_reward
+from sppo_lightning.figures import learning_curve
+from sppo_lightning.figures.learning import running_mean
 
 
 def validation(seconds: float, **rates: float) -> dict[str, Any]:
     metrics = {f"val/{name}/avg@4": rate for name, rate in rates.items()}
     return {"iteration": 0, "seconds": seconds, "metrics": metrics | {"val/all/greedy": 0.9}}
-
-
-def lines_of(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
-    """The labelled lines' coordinates."""
-    return {
-        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
-        for line in axes.get_lines()
-        if not str(line.get_label()).startswith("_")
-    }
-
-
-def draw(figure: Figure) -> bytes:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a layout that does not fit warns
-        figure.savefig(buffer := io.BytesIO(), format="png")
-    return buffer.getvalue()
 
 
 CURVE = [{"seconds": float(i), "reward": 0.25 + 0.25 * i, "value": 0.5, "response_tokens": 9.0} for i in range(3)]
@@ -90,33 +71,12 @@ def test_long_runs_count_in_minutes_and_supervised_ones_show_the_loss() -> None:
     draw(figure)
 
 
+def test_runs_of_many_hours_count_in_hours() -> None:
+    figure = learning_curve([], [validation(0.0, sums=0.25), validation(5 * 3600.0, sums=0.5)])
+    assert lines_of(figure.axes[0]) == {"sums  0.25 → 0.50": ([0.0, 5.0], [0.25, 0.5])}
+    assert figure.axes[0].get_xlabel() == "training time (h), validation left out"
+
+
 def test_a_run_without_anything_still_has_a_picture() -> None:
     draw(learning_curve([], []))
     draw(learning_curve([{"seconds": 1.0, "reward": None, "value": None}], []))
-    draw(value_against_reward([], []))
-
-
-def test_the_reliability_diagram_shows_each_bins_mean_and_count() -> None:
-    values = [0.11, 0.15, 0.19, 0.15, 0.85, 0.85, 1.0, 0.5]
-    rewards = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, math.nan]
-    figure = value_against_reward(values, rewards)
-    main, above, right = figure.axes
-    means = [tuple(float(v[0]) for v in bar.lines[0].get_data()) for bar in main.containers]
-    assert means == [pytest.approx((0.15, 0.25)), pytest.approx((0.85, 0.5)), pytest.approx((1.0, 1.0))]
-    assert [text.get_text() for text in main.texts] == ["4", "2", "1"]
-    # the standard error of 0, 0, 1, 0 is √(3/16) / √4
-    [[low, high]] = [segment[:, 1] for segment in main.containers[0].lines[2][0].get_segments()]
-    assert (low, high) == pytest.approx((0.25 - math.sqrt(3) / 8, 0.25 + math.sqrt(3) / 8))
-    assert [patch.get_height() for patch in above.patches] == [0, 4, 0, 0, 0, 0, 0, 0, 2, 1]
-    assert [patch.get_width() for patch in right.patches] == [4, 0, 0, 0, 0, 0, 0, 0, 0, 3]
-    known = np.array([values[:7], rewards[:7]])
-    brier = np.mean((known[0] - known[1]) ** 2)
-    title = f"7 responses    Brier score {brier:.3f}    Pearson {np.corrcoef(known)[0, 1]:.2f}"
-    assert figure.get_suptitle() == title
-    draw(figure)
-
-
-def test_a_critic_that_says_the_same_of_all_has_no_correlation() -> None:
-    figure = value_against_reward([0.5] * 4, [0.0, 1.0, 1.0, 1.0])
-    assert figure.get_suptitle() == "4 responses    Brier score 0.250"
-    draw(figure)
