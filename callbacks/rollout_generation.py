@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -20,6 +20,8 @@ class RolloutGeneration(Stage):
         validation: How responses are sampled in validate, test and predict; as in training when left out.
         greedy: Add one greedy response per training prompt, as `batch.greedy_rollouts`.
         validation_greedy: Add one greedy response per prompt in validate, test and predict.
+        sample_from: Whose weights sample the training responses: the `policy`, or the `reference`, which
+            ReferenceRefresh lets follow it at a distance. The ratio is then taken against the sampler.
         engine: What samples; the transformers model in the trainer's process by default.
     """
 
@@ -32,14 +34,21 @@ class RolloutGeneration(Stage):
         validation: Sampling | None = None,
         greedy: bool = False,
         validation_greedy: bool = False,
+        sample_from: Literal["policy", "reference"] = "policy",
         engine: Engine | None = None,
     ) -> None:
         self.sampling = sampling
         self.validation = validation or sampling
         self.greedy = greedy
         self.validation_greedy = validation_greedy
+        self.sample_from = sample_from
         self.engine = engine or HFEngine()
         self._tokens = 0.0  # sampled for the batch at hand
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference must be loaded."""
+        return self.sample_from == "reference"
 
     def begin(self) -> None:
         """Count the tokens of a new batch."""
@@ -49,7 +58,10 @@ class RolloutGeneration(Stage):
         """Set `batch.rollouts`, and `batch.greedy_rollouts` where asked for."""
         sampling = self.sampling if trainer.training else self.validation
         with trainer.precision_plugin.forward_context():
-            self.engine.update_weights(module.policy, trainer.global_step)  # type: ignore[arg-type]
+            if trainer.training and self.sample_from == "reference":
+                self.engine.update_weights(module.reference, module.reference_version)  # type: ignore[arg-type]
+            else:
+                self.engine.update_weights(module.policy, trainer.global_step)  # type: ignore[arg-type]
             batch.rollouts = self.engine.generate(batch, sampling)
             if self.greedy if trainer.training else self.validation_greedy:
                 once = dataclasses.replace(sampling, temperature=0.0, samples_per_prompt=1)
