@@ -2,103 +2,107 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.errors import InputError
-from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
+from sppo_lightning.models.classifiers import classifier_config
+from sppo_lightning.models.loading import eager_attention, first_sentence
+from sppo_lightning.models.pretrained import PretrainedModule
+
+CACHED_PROMPTS = 2048  # more than one iteration reads; of 2048 tokens each they would take some 150 MB
 
 
-class PromptCritic(nn.Module):
-    """A critic that reads only the prompt, with its own tokenizer: `V(s_p) = sigmoid(v)` (paper, section 3).
+class PromptCritic(PretrainedModule):
+    """A critic that reads only the prompt, with its own tokenizer: `V(s_p) = sigmoid(v)`.
 
-    Any causal language model serves as the backbone, of any size and family; nothing is shared with the policy
-    but the prompt's text. The value head starts at zero, so every first prediction is V = 0.5.
+    Any causal language model serves, of any size and family; nothing is shared with the policy but the prompt's
+    text. A value head that `pretrained` brings along, as the folder of an exported critic does, goes on from
+    where it was; else it starts at zero, so that every first prediction is V = 0.5.
+
+    Source: SPPO, arXiv 2604.08865.
 
     Args:
-        pretrained: Folder or hub id of the backbone, such as `Qwen/Qwen2.5-0.5B`.
-        tokenizer: Folder or hub id of the critic's tokenizer; the backbone's own when left out.
-        config: Build a backbone with random weights from these transformers config values (`model_type` among
-            them) instead of loading `pretrained`; `tokenizer` must then be given.
         max_prompt_tokens: Longer prompts lose their beginning, counted in the critic's own tokens.
-        attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2`.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-        trust_remote_code: Run Python code that comes with the model.
     """
 
-    def __init__(
-        self,
-        pretrained: str | None = None,
-        tokenizer: str | None = None,
-        config: dict[str, Any] | None = None,
-        max_prompt_tokens: int = 2048,
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
-    ) -> None:
-        super().__init__()
-        self.pretrained = pretrained
-        self.tokenizer_name = tokenizer or pretrained
-        self.config = config
+    setting = "model.critic"
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(self, *args: Any, max_prompt_tokens: int = 2048, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.max_prompt_tokens = max_prompt_tokens
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.trust_remote_code = trust_remote_code
-        self.model: Any = None  # a transformers sequence classifier with one label, once `build` has run
+        self._token_ids: OrderedDict[Any, list[int]] = OrderedDict()  # by what is read, the latest last
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The critic's own tokenizer, loaded on first use."""
-        if self.tokenizer_name is None:
-            raise InputError("`model.critic` needs `pretrained`, or `config` together with `tokenizer`.")
-        return load_tokenizer(self.tokenizer_name, "model.critic.tokenizer", self.trust_remote_code)
+    def adapt_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """A classifier with one label, by which an exported critic is known elsewhere."""
+        return classifier_config(config, "solvable", self.tokenizer.pad_token_id)
 
-    def build(self) -> None:
-        """Load the backbone and set the value head to zero; a second call does nothing."""
-        if self.model is not None:
-            return
-        config = self.config and {"vocab_size": len(self.tokenizer), **self.config}
-        self.model = load_model(
-            AutoModelForSequenceClassification,
-            self.pretrained,
-            config,
-            setting="model.critic",
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attn_implementation,
-            num_labels=1,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        if not isinstance(getattr(self.model, "score", None), nn.Linear):
+    def check_weights(self, info: dict[str, Any]) -> None:
+        """Refuse a classifier of something else, and a checkpoint that lacks weights below its head."""
+        labels = [found for name, found, _ in info["mismatched_keys"] if name in self.head_weights()]
+        if labels:
             raise InputError(
-                f"`model.critic`={self.pretrained or self.config!r}: {type(self.model).__name__} has no linear "
-                "value head named `score`, so it is no causal model; use one, such as Qwen/Qwen2.5-0.5B."
+                f"`{self.setting}.pretrained`={self.pretrained!r} is a classifier of {labels[0][0]} labels, and a "
+                "critic predicts one; give a causal language model, such as Qwen/Qwen2.5-0.5B, or an exported "
+                "critic."
             )
-        nn.init.zeros_(self.value_head.weight)
-        if self.gradient_checkpointing:
-            recompute_layers(self.model, "model.critic")
+        super().check_weights(info)
+
+    def head_weights(self) -> set[str]:
+        """Names of the weights above the base model."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return {names[id(parameter)] for parameter in self.head.parameters()}
+
+    def prepare_head(self, info: dict[str, Any]) -> None:
+        """Check that the head can be used, and set it to zero if it is new."""
+        self._check_values()
+        if self.head_weights() & set(info["missing_keys"]):
+            for parameter in self.value_head.parameters():
+                nn.init.zeros_(parameter)
+        # how the critic reads is how its folder is to be read
+        self.tokenizer.padding_side, self.tokenizer.truncation_side = "right", "left"
+
+    @property
+    def head(self) -> nn.Sequential:
+        """`[…, H] → […, 1]`: the value head, and what a few families have between it and the base model."""
+        return nn.Sequential(*(part for part in self.model.children() if part is not self.model.base_model))
 
     @property
     def value_head(self) -> nn.Linear:
-        """`[H] → [1]`, the value logit."""
-        return self.model.score
+        """The last layer, whose output is the value logit."""
+        return [layer for layer in self.head.modules() if isinstance(layer, nn.Linear)][-1]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt in the critic's tokenizer: its chat template where it has one, else text."""
+        """Token ids of each prompt in the critic's tokenizer: its chat template where it has one, else text.
+
+        An iteration asks several times for the same prompts, so the ids of the latest are kept.
+        """
         rows: list[list[int]] = []
         for prompt in prompts:
-            if prompt.messages is not None and self.tokenizer.chat_template:
-                ids = self.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
-            else:  # a template writes its own special tokens; text gets the first one that a family may rely on
-                ids = self.tokenizer(prompt.text)["input_ids"]
-            rows.append(ids[-self.max_prompt_tokens :] or [self.tokenizer.eos_token_id])
+            key = (prompt.text, tuple(tuple(turn.items()) for turn in prompt.messages or ()))
+            if key not in self._token_ids:
+                self._token_ids[key] = self._tokenize(prompt)
+            self._token_ids.move_to_end(key)
+            rows.append(self._token_ids[key])
+            if len(self._token_ids) > CACHED_PROMPTS:
+                self._token_ids.popitem(last=False)
         return rows
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        if prompt.messages is not None and self.tokenizer.chat_template:
+            ids = self.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
+        else:  # a template writes its own special tokens; text gets the first one that a family may rely on
+            ids = self.tokenizer(prompt.text)["input_ids"]
+        return ids[-self.max_prompt_tokens :] or [self.tokenizer.eos_token_id]
 
     def _render(self, prompt: Prompt) -> str:
         turns = [dict(turn) for turn in prompt.messages or ()]
@@ -106,23 +110,49 @@ class PromptCritic(nn.Module):
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise InputError(
-                f"The chat template of `model.critic` refuses the messages of row {prompt.row} of "
+                f"The chat template of `{self.setting}` refuses the messages of row {prompt.row} of "
                 f"{prompt.dataset!r} ({error}); use a critic that takes them, or prompts without a system message."
             ) from error
         return str(text)
 
     def forward(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Value logits `v`, `[N]`, float32 or wider, at the last token of each prompt.
+        """Value logits `v`, `[N]`, float32 or wider, at the last token of each prompt."""
+        return self._values(self.encode(prompts))
+
+    def _values(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Value logits `[N]` at the last of each row's token ids.
 
         Rows are padded on the right, so causal attention needs no mask; the last prompt token is found from
         the lengths, never by looking for padding.
         """
-        rows = self.encode(prompts)
-        lengths = torch.tensor([len(row) for row in rows], device=self.model.device)
-        ids = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_token_id, device=self.model.device)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, device=self.model.device)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, L, H]
-        last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
-        values = self.value_head(last).squeeze(-1)
+        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        padded = pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id
+        )
+        hidden = self.model.base_model(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
+        values = self.head(hidden[torch.arange(len(rows), device=hidden.device), last]).squeeze(-1)
         return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _check_values(self) -> None:
+        """Compare padded rows with the model's own values: it may look ahead, or take its value from elsewhere."""
+        pad = self.tokenizer.pad_token_id  # which the model's own forward would not read
+        size = self.model.get_input_embeddings().weight.shape[0]
+        tokens = [token for token in range(min(size, 8)) if token != pad]
+        rows = [tokens[:2], tokens[:4], tokens[:6]]
+        name = f"`{self.setting}`={self.pretrained or self.config!r}: {type(self.model).__name__}"
+        try:
+            with eager_attention(self.model):
+                own = [self.model(torch.tensor([row], device=self.device), use_cache=False).logits for row in rows]
+                expected = torch.stack([logits.squeeze() for logits in own])
+                difference = (self._values(rows) - expected).abs().max()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{name} cannot read text alone as a causal model does ({first_sentence(error)}); use another "
+                "family, such as Qwen/Qwen2.5-0.5B."
+            ) from error
+        if not difference <= 1e-2 * expected.abs().max():
+            raise InputError(
+                f"{name} does not take its value from the last token it has read alone, so it is no causal model; "
+                "use one, such as Qwen/Qwen2.5-0.5B."
+            )
