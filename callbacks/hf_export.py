@@ -11,6 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 class HFExport(Callback):
     """Saves the policy, and the critic beside it, as Hugging Face folders when training ends.
 
+    The critic's folder is a text classifier of how solvable a prompt is: `pipeline("text-classification", …)`
+    gives the label `solvable` with the score V, for the text that the critic would read. Where transformers has
+    no classifier for the family, `sppo_lightning.models.classifiers.register_classifier` must come before.
+
     Args:
         path: Folder of the policy; the critic, where there is one, goes to its subfolder `critic`.
     """

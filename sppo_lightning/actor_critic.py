@@ -55,6 +55,7 @@ class ActorCritic(PolicyModule):
         super().configure_model()
         if self.critic is not None:
             self.critic.build()
+            self.critic.check_policy(self.policy)
         if self.reference is None and self.needs_reference:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from sppo_lightning.models.critic import PromptCritic
 from sppo_lightning.models.critic_base import Critic
 from sppo_lightning.models.policy import CausalLMPolicy
-from sppo_lightning.models.tiny import TinyPolicy
+from sppo_lightning.models.tiny import CharacterCritic, TinyPolicy
+from sppo_lightning.models.token_critic import TokenCritic
 
-__all__ = ["CausalLMPolicy", "Critic", "PromptCritic", "TinyPolicy"]
+__all__ = ["CausalLMPolicy", "CharacterCritic", "Critic", "PromptCritic", "TinyPolicy", "TokenCritic"]

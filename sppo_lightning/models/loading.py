@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -39,6 +50,11 @@ def load_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> 
         raise InputError(
             f"`{setting}`={name!r} holds no tokenizer that transformers can load ({error})."
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+        raise InputError(
+            f"`{setting}`={name!r} holds no tokenizer, only a model whose family has one; give the folder or hub "
+            "id of a tokenizer."
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"The tokenizer of `{setting}`={name!r} has no end-of-sequence token, so no response could stop; "
@@ -60,45 +76,79 @@ def load_model(
     *,
     setting: str,
     trust_remote_code: bool = False,
-    **options: Any,
-) -> nn.Module:
+    attn_implementation: str | None = None,
+    adapt: Callable[[PreTrainedConfig], PreTrainedConfig] = lambda config: config,
+) -> tuple[nn.Module, dict[str, Any]]:
     """A model of `auto_class` in float32: weights from `pretrained`, or random ones for `config`.
 
     Master weights are float32 whatever `trainer.precision` says; mixed precision casts on the fly. Dropout is
     off, because the log-probabilities of the update must be those of the sampler.
+
+    Args:
+        auto_class: The transformers class that finds the model's own.
+        pretrained: Folder or hub id.
+        config: Values of a transformers config, `model_type` among them; goes before `pretrained`.
+        setting: How the configuration calls the module, for errors.
+        trust_remote_code: Run Python code that comes with the model.
+        attn_implementation: Attention of transformers; its default if None.
+        adapt: Gives the config to load with, from the model's own.
+
+    Returns:
+        The model and transformers' loading info: `missing_keys`, the weights that are random, and
+        `mismatched_keys`, those whose shape in the folder is another one, as (name, found, needed).
+
+    Raises:
+        InputError: there is no such model, or it cannot be built.
     """
-    options = {key: value for key, value in options.items() if value is not None}
     if config is not None:
-        settings = dict(config)
-        model_type = settings.pop("model_type", None)
+        model_type = config.get("model_type")
         if model_type is None:
             raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
-        try:
-            built = AutoConfig.for_model(model_type, **settings | _head_options(options))
-            attention = {k: v for k, v in options.items() if k == "attn_implementation"}
-            model = auto_class.from_config(built, dtype=torch.float32, **attention)
-        except (ImportError, ValueError) as error:
-            _check_attention(error, setting, options)
-            raise InputError(
-                f"`{setting}.config.model_type`={model_type!r} cannot be built as {auto_class.__name__} "
-                f"({_first_sentence(error)}); use another family, such as qwen2."
-            ) from error
+        refusal = f"`{setting}.config.model_type`={model_type!r} cannot be built"
+        way_out = "correct its values or use another family, such as qwen2"
     elif pretrained is not None:
         check_exists(pretrained, f"{setting}.pretrained")
-        try:
-            model = auto_class.from_pretrained(
-                pretrained, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-            )
-        except (ImportError, OSError, ValueError) as error:
-            _check_attention(error, setting, options)
-            raise InputError(
-                f"`{setting}.pretrained`={pretrained!r} cannot be loaded as {auto_class.__name__} "
-                f"({_first_sentence(error)}); give the folder or hub id of another model, "
-                "such as Qwen/Qwen2.5-1.5B."
-            ) from error
+        refusal = f"`{setting}.pretrained`={pretrained!r} cannot be loaded"
+        way_out = "give the folder or hub id of another model, such as Qwen/Qwen2.5-1.5B"
     else:
         raise InputError(f"`{setting}` needs `pretrained` (a folder or hub id) or `config` (random weights).")
-    return model.eval()
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        if config is not None:
+            model = auto_class.from_config(adapt(AutoConfig.for_model(**config)), **options)
+            info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set()}
+        else:
+            own = AutoConfig.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
+            model, info = auto_class.from_pretrained(
+                pretrained,
+                config=adapt(own),
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # `info` has them, and transformers' own error is a page long
+                output_loading_info=True,
+                **options,
+            )
+    except InputError:
+        raise
+    except (AttributeError, ImportError, OSError, StrictDataclassError, ValueError) as error:
+        _check_attention(error, setting, attn_implementation)
+        raise InputError(f"{refusal} as {auto_class.__name__} ({first_sentence(error)}); {way_out}.") from error
+    return model.eval(), info
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Compute attention in plain torch: flash kernels refuse float32, in which models are loaded, and CPUs."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def recompute_layers(model: nn.Module, setting: str) -> None:
@@ -122,23 +172,18 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _check_attention(error: Exception, setting: str, options: dict[str, Any]) -> None:
+def _check_attention(error: Exception, setting: str, name: str | None) -> None:
     """Raise `InputError` where `error` is about the attention asked for: a package missing, or no such name."""
-    name = options.get("attn_implementation")
     if name and ("attn_implementation" in str(error) or "Attention" in str(error)):
         raise InputError(
-            f"`{setting}.attn_implementation`={name!r} cannot be used here ({_first_sentence(error)}); "
+            f"`{setting}.attn_implementation`={name!r} cannot be used here ({first_sentence(error)}); "
             "use sdpa or eager."
         ) from error
 
 
-def _first_sentence(error: Exception) -> str:
-    """Without the list of all classes that transformers appends."""
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-
-
-def _head_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "attn_implementation"}
+def first_sentence(error: Exception) -> str:
+    """Without the list of all classes that transformers appends; a line that ends in a colon has a next one."""
+    return re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0].split(". ")[0].rstrip(".")
 
 
 def check_exists(name: str, setting: str) -> None:

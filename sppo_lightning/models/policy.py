@@ -7,78 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.errors import InputError
-from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
+from sppo_lightning.models.loading import eager_attention
 from sppo_lightning.models.log_probs import selected_log_probs
+from sppo_lightning.models.pretrained import PretrainedModule
 
 
-class CausalLMPolicy(nn.Module):
-    """Any Hugging Face causal language model as the policy.
+class CausalLMPolicy(PretrainedModule):
+    """Any Hugging Face causal language model as the policy."""
 
-    Args:
-        pretrained: Folder or hub id of the model, such as `Qwen/Qwen2.5-1.5B`.
-        tokenizer: Folder or hub id of the tokenizer; the model's own when left out.
-        config: Build a model with random weights from these transformers config values (`model_type` among
-            them) instead of loading `pretrained`; `tokenizer` must then be given.
-        attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2`; its default when
-            left out.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-        trust_remote_code: Run Python code that comes with the model.
-    """
-
-    def __init__(
-        self,
-        pretrained: str | None = None,
-        tokenizer: str | None = None,
-        config: dict[str, Any] | None = None,
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
-    ) -> None:
-        super().__init__()
-        self.pretrained = pretrained
-        self.tokenizer_name = tokenizer or pretrained
-        self.config = config
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.trust_remote_code = trust_remote_code
-        self.model: Any = None  # a transformers causal LM, once `build` has run
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer, loaded on first use."""
-        if self.tokenizer_name is None:
-            raise InputError("`model.policy` needs `pretrained`, or `config` together with `tokenizer`.")
-        return load_tokenizer(self.tokenizer_name, "model.policy.tokenizer", self.trust_remote_code)
-
-    def build(self) -> None:
-        """Load the weights; a second call does nothing."""
-        if self.model is not None:
-            return
-        self.model = load_model(
-            AutoModelForCausalLM,
-            self.pretrained,
-            self.config and {**self._special_ids(), **self.config},
-            setting="model.policy",
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attn_implementation,
-        )
-        if self.gradient_checkpointing:
-            recompute_layers(self.model, "model.policy")
-        self._check_head()
-
-    def _special_ids(self) -> dict[str, Any]:
-        """Of the tokenizer: a family's defaults are of another one, and responses would stop where they stand."""
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return {"vocab_size": len(self.tokenizer), **{name: getattr(self.tokenizer, name) for name in names}}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+    setting = "model.policy"
+    auto_class = AutoModelForCausalLM
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -130,20 +72,16 @@ class CausalLMPolicy(nn.Module):
         return empty.index_put((row, token), log_probs), empty.index_put((row, token), entropy)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def prepare_head(self, info: dict[str, Any]) -> None:
         """Compare our logits with the model's own on three tokens: a model may treat them in a way of its own."""
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.get_output_embeddings().weight.shape[0]
-        config = self.model.config
-        attention, config._attn_implementation = config._attn_implementation, "eager"  # others refuse float32
-        try:
+        with eager_attention(self.model):
             expected = self.model(input_ids=ids, use_cache=False).logits[0]
             ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-        finally:
-            config._attn_implementation = attention
         difference, size = (ours - expected).abs().max(), expected.abs().max()
         if not difference <= 1e-2 * size:
             raise InputError(
-                f"`model.policy`={self.pretrained or self.config!r}: {type(self.model).__name__} changes its "
+                f"`{self.setting}`={self.pretrained or self.config!r}: {type(self.model).__name__} changes its "
                 f"logits in a way that CausalLMPolicy does not know (they are up to {size:.2g} and ours differ by "
                 f"up to {difference:.2g}); override CausalLMPolicy.head for it."
             )

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import string
 from functools import cached_property
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import PreTokenizer, Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sppo_lightning.models.critic import PromptCritic
 from sppo_lightning.models.policy import CausalLMPolicy
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over `words`, split at white space, with `<pad>`, `<eos>` and `<unk>`."""
+    return _tokenizer(words, WhitespaceSplit())
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per printable ASCII character, with `<pad>`, `<eos>` and `<unk>`."""
+    return _tokenizer(list(string.printable), Split(Regex("[\\s\\S]"), "isolated"))
+
+
+def _tokenizer(words: list[str], pre_tokenizer: PreTokenizer) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -70,3 +81,39 @@ class TinyPolicy(CausalLMPolicy):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The word-level tokenizer over `words`."""
         return word_tokenizer(self.words)
+
+
+class CharacterCritic(PromptCritic):
+    """A small critic from scratch that reads characters: another architecture and tokenizer than the policy's.
+
+    Args:
+        model_type: Family of the backbone, as transformers calls it; one whose config takes the usual names.
+        hidden_size: Width of the residual stream.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads; must divide `hidden_size`.
+        max_tokens: Longest prompt, in characters; longer ones lose their beginning.
+    """
+
+    def __init__(
+        self,
+        model_type: str = "gpt2",
+        hidden_size: int = 32,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        max_tokens: int = 256,
+    ) -> None:
+        super().__init__(
+            config={
+                "model_type": model_type,
+                "hidden_size": hidden_size,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": num_heads,
+                "max_position_embeddings": max_tokens,
+            },
+            max_prompt_tokens=max_tokens,
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """One token per printable ASCII character."""
+        return character_tokenizer()

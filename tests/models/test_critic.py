@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import WORDS, family_config, make_critic
+from by_hand import CASES, FAST, fit
+from tiny import WORDS, FamilyPolicy, TinyCritic, family_config, make_critic, make_policy
 from tokenizers.processors import TemplateProcessing
 
+from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import PromptCritic
@@ -52,7 +54,7 @@ def test_a_padding_token_inside_a_prompt_is_read_like_any_other():
         torch.testing.assert_close(critic([prompt])[0], value, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "mistral", "gemma2", "granite"])
 def test_every_family_starts_at_one_half_and_learns(family: str):
     critic = FamilyCritic(config=family_config(family, len(FamilyCritic.tokenizer)))
     critic.build()
@@ -66,23 +68,29 @@ def test_every_family_starts_at_one_half_and_learns(family: str):
     torch.testing.assert_close(critic(PROMPTS).sigmoid(), targets, atol=0.2, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["granite", "bert"])
-def test_a_family_without_a_value_head(family: str):
-    config = {"granite": family_config("granite", 38), "bert": {"model_type": "bert", "num_hidden_layers": 1}}[
-        family
-    ]
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "bert", "num_hidden_layers": 1},  # takes its value from the first token
+        family_config("llama", 38) | {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+    ],
+    ids=["first token", "looks ahead"],
+)
+def test_a_model_that_is_not_causal(config: dict[str, Any]):
     with pytest.raises(InputError) as raised:
         FamilyCritic(config=config).build()
-    granite = (
-        "`model.critic.config.model_type`='granite' cannot be built as AutoModelForSequenceClassification "
-        "(Unrecognized configuration class <class 'transformers.models.granite.configuration_granite.GraniteConfig'> "
-        "for this kind of AutoModel: AutoModelForSequenceClassification); use another family, such as qwen2."
-    )
-    bert = (
-        f"`model.critic`={config!r}: BertForSequenceClassification has no linear value head named `score`, so it is "
+    name = {"bert": "Bert", "gemma3_text": "Gemma3Text"}[config["model_type"]]
+    assert str(raised.value).startswith("`model.critic`={")
+    assert str(raised.value).endswith(
+        f"}}: {name}ForSequenceClassification does not take its value from the last token it has read alone, so it is "
         "no causal model; use one, such as Qwen/Qwen2.5-0.5B."
     )
-    assert str(raised.value) == {"granite": granite, "bert": bert}[family]
+
+
+def test_a_model_that_reads_in_pairs():
+    config = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+    with pytest.raises(InputError, match="cannot read text alone as a causal model does"):
+        FamilyCritic(config=config).build()
 
 
 def test_the_critic_reads_with_its_own_tokenizer_and_chat_template():
@@ -91,6 +99,7 @@ def test_the_critic_reads_with_its_own_tokenizer_and_chat_template():
     turns = ({"role": "user", "content": "1 + 2"},)
     chat = Prompt("<template of the policy>", "", "sums", 0, messages=turns)
     assert critic.encode([chat]) == [critic.tokenizer("<template of the policy>")["input_ids"]]  # has no template
+    critic = make_critic()
     critic.tokenizer.chat_template = TEMPLATE
     assert critic.encode([chat]) == [critic.tokenizer("u 1 + 2 ; a")["input_ids"]]
     assert critic.encode(PROMPTS[:1]) == [critic.tokenizer("1 + 2 =")["input_ids"]]
@@ -136,15 +145,85 @@ def test_gradient_checkpointing_changes_no_number():
         torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=1e-6)
 
 
-def test_a_folder_with_weights_and_tokenizer_is_enough(tmp_path: Path):
+def test_token_ids_are_kept_and_no_more_of_them_than_may_be(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sppo_lightning.models.critic.CACHED_PROMPTS", 3)
     critic = make_critic()
-    critic.model.save_pretrained(tmp_path)
-    critic.tokenizer.save_pretrained(tmp_path)
-    loaded: Any = PromptCritic(str(tmp_path))
+    first = critic.encode(PROMPTS)
+    assert first == [critic.tokenizer(text)["input_ids"] for text in TEXTS]
+    assert [text for text, _ in critic._token_ids] == TEXTS[2:]
+    again = critic.encode([PROMPTS[2], PROMPTS[0], PROMPTS[4]])  # 3 was asked for the longest ago
+    assert again == [first[2], first[0], first[4]]
+    assert (again[0] is first[2], again[1] is first[0], again[2] is first[4]) == (True, False, True)
+    assert [text for text, _ in critic._token_ids] == [TEXTS[2], TEXTS[0], TEXTS[4]]
+
+
+def test_what_is_kept_belongs_to_what_is_read():
+    critic = make_critic()
+    critic.tokenizer.chat_template = TEMPLATE
+    turns = [{"role": "user", "content": "1"}, {"role": "user", "content": "2"}, {"role": "bot", "content": "1"}]
+    prompts = [Prompt("same", "", "sums", 0, messages=(turn,)) for turn in turns]
+    expected = [critic.tokenizer(text)["input_ids"] for text in ("u 1 ; a", "u 2 ; a", "b 1 ; a")]
+    assert critic.encode(prompts) == expected
+    assert critic.encode(prompts[::-1]) == expected[::-1]
+
+
+def test_an_iteration_reads_each_prompt_once():
+    read: list[str] = []
+
+    class Counts(TinyCritic):
+        def _tokenize(self, prompt: Prompt) -> list[int]:
+            read.append(prompt.text)
+            return super()._tokenize(prompt)
+
+    module = SPPOModule(make_policy(), Counts(), mini_batch_size=4, **FAST)
+    fit(module, CASES, iterations=2)
+    assert sorted(read) == sorted(CASES)
+
+
+def saved(critic: PromptCritic, folder: Path) -> str:
+    critic.model.save_pretrained(folder)
+    critic.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_critics_folder_keeps_its_value_head(tmp_path: Path):
+    critic = make_critic()
+    loaded = PromptCritic(saved(critic, tmp_path))
     loaded.build()
     assert loaded.encode(PROMPTS) == critic.encode(PROMPTS)
-    assert loaded(PROMPTS).tolist() == [0.0] * 5  # the value head starts anew
-    torch.testing.assert_close(loaded.model.model.state_dict(), critic.model.model.state_dict())
+    values = loaded(PROMPTS)
+    torch.testing.assert_close(values, critic(PROMPTS), atol=1e-6, rtol=0)
+    assert values.std() > 0.1
+
+
+def test_a_policys_folder_gets_a_value_head_of_zeros(tmp_path: Path):
+    policy = FamilyPolicy("qwen2")
+    critic = PromptCritic(saved(policy, tmp_path))
+    critic.build()
+    assert critic(PROMPTS).sigmoid().tolist() == [0.5] * 5
+    torch.testing.assert_close(critic.model.model.state_dict(), policy.model.model.state_dict())
+
+
+def test_a_folder_with_another_classifier(tmp_path: Path):
+    critic = make_critic()
+    critic.model.config.num_labels = 3
+    critic.model.score = torch.nn.Linear(16, 3, bias=False)
+    with pytest.raises(InputError) as raised:
+        PromptCritic(saved(critic, tmp_path)).build()
+    assert str(raised.value) == (
+        f"`model.critic.pretrained`={str(tmp_path)!r} is a classifier of 3 labels, and a critic predicts one; give a "
+        "causal language model, such as Qwen/Qwen2.5-0.5B, or an exported critic."
+    )
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path):
+    make_critic().model.save_pretrained(tmp_path)
+    with pytest.raises(InputError) as raised:
+        PromptCritic(str(tmp_path)).build()
+    assert str(raised.value) == (
+        f"`model.critic.tokenizer`={str(tmp_path)!r} holds no tokenizer, only a model whose family has one; give the "
+        "folder or hub id of a tokenizer."
+    )
 
 
 def test_a_critic_needs_a_model_and_a_tokenizer():

@@ -101,7 +101,13 @@ def test_a_folder_without_a_model(tmp_path: Path):
         (
             {"model_type": "qwem2"},
             "`model.policy.config.model_type`='qwem2' cannot be built as AutoModelForCausalLM (Unrecognized model "
-            "identifier: qwem2); use another family, such as qwen2.",
+            "identifier: qwem2); correct its values or use another family, such as qwen2.",
+        ),
+        (
+            {"model_type": "qwen2", "hidden_size": "16"},
+            "`model.policy.config.model_type`='qwen2' cannot be built as AutoModelForCausalLM (Validation error for "
+            "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str (value: '16')); correct "
+            "its values or use another family, such as qwen2.",
         ),
     ],
 )
@@ -116,7 +122,7 @@ def test_a_config_that_cannot_be_used(config: Any, sentence: str):
 def test_an_attention_that_cannot_be_used(tmp_path: Path, name: str, from_folder: bool):
     config = family_config("qwen2", 38)
     if from_folder:
-        load_model(AutoModelForCausalLM, None, config, setting="model.policy").save_pretrained(tmp_path)  # type: ignore[operator]
+        load_model(AutoModelForCausalLM, None, config, setting="model.policy")[0].save_pretrained(tmp_path)  # type: ignore[operator]
     where = (str(tmp_path), None) if from_folder else (None, config)
     with pytest.raises(InputError) as raised:
         load_model(AutoModelForCausalLM, *where, setting="model.policy", attn_implementation=name)
@@ -126,11 +132,11 @@ def test_an_attention_that_cannot_be_used(tmp_path: Path, name: str, from_folder
 
 def test_weights_are_float32_and_dropout_is_off_whatever_the_folder_says(tmp_path: Path):
     config = family_config("gpt2", 38) | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
-    first = load_model(AutoModelForCausalLM, None, config, setting="model.policy")
+    first, _ = load_model(AutoModelForCausalLM, None, config, setting="model.policy")
     first.to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
-    model: Any = load_model(AutoModelForCausalLM, str(tmp_path), None, setting="model.policy")
+    model: Any = load_model(AutoModelForCausalLM, str(tmp_path), None, setting="model.policy")[0]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    built = load_model(AutoModelForCausalLM, None, config | {"dtype": "bfloat16"}, setting="model.policy")
+    built, _ = load_model(AutoModelForCausalLM, None, config | {"dtype": "bfloat16"}, setting="model.policy")
     assert {p.dtype for p in built.parameters()} == {torch.float32}
     ids = torch.tensor([[4, 5, 6, 7]])
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -145,3 +151,29 @@ def test_a_policys_folder_holds_all_that_a_policy_needs(tmp_path: Path):
     torch.testing.assert_close(loaded.state_dict(), policy.state_dict())
     assert loaded.tokenizer("1 + 2")["input_ids"] == policy.tokenizer("1 + 2")["input_ids"]
     assert loaded.eos_token_ids == [1]
+
+
+def test_a_folder_without_the_output_embedding(tmp_path: Path):
+    """transformers would draw it at random, with a warning."""
+    policy = FamilyPolicy("llama")
+    policy.model.base_model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError) as raised:
+        CausalLMPolicy(str(tmp_path)).build()
+    assert str(raised.value) == (
+        f"`model.policy.pretrained`={str(tmp_path)!r} lacks the weights `lm_head.weight` of LlamaForCausalLM, which "
+        "would start at random; give the folder or hub id of a whole model."
+    )
+
+
+def test_a_folder_whose_weights_are_of_another_size(tmp_path: Path):
+    policy = FamilyPolicy("llama")
+    policy.model.config.intermediate_size = 64
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError) as raised:
+        CausalLMPolicy(str(tmp_path)).build()
+    assert str(raised.value) == (
+        f"`model.policy.pretrained`={str(tmp_path)!r} holds `model.layers.0.mlp.down_proj.weight` of shape [16, 32], "
+        "where its config makes [16, 64] of it; give a folder whose config.json and weights agree."
+    )

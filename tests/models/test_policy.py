@@ -74,7 +74,7 @@ def test_the_check_of_the_head_leaves_the_attention_that_was_asked_for():
     """Flash kernels refuse float32, in which models are loaded, and CPUs, on which they may be."""
     policy = make_policy()
     policy.model.config._attn_implementation = "flash_attention_2"
-    policy._check_head()
+    policy.prepare_head({})
     assert policy.model.config._attn_implementation == "flash_attention_2"
 
 

@@ -1,0 +1,93 @@
+"""The folders that a run leaves: loaded as they are, they are what was trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import data, sppo, stages, trainer_of
+from transformers import pipeline
+
+from sppo_lightning import SPPOModule
+from sppo_lightning.batch import Prompt
+from sppo_lightning.callbacks import HFExport
+from sppo_lightning.models import CausalLMPolicy, PromptCritic
+
+TEXTS = ["a b", "c", "h g f e d", "b b b"]
+PROMPTS = [Prompt(text, "a", "words", i) for i, text in enumerate(TEXTS)]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} h {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+
+
+def run(folder: Path, **settings: Any) -> SPPOModule:
+    """Train two iterations and export to `folder/model`."""
+    module = sppo(folder / "tokenizer", learning_rate=settings.pop("learning_rate", 0.02))
+    module.configure_model()  # before a fork, so that all processes start from the same weights
+    callbacks = [*stages(), HFExport(str(folder / "model"))]
+    trainer_of(callbacks, **settings).fit(module, data(validation=(), size=16))
+    return module
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module, atol: float = 0.0) -> None:
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(
+            other.state_dict()[name], weight, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_policy_and_critic_come_back_as_they_were_trained(tmp_path: Path):
+    module = run(tmp_path)
+    again = CausalLMPolicy(str(tmp_path / "model"))
+    again.build()
+    same(module.policy, again)
+    assert again.tokenizer("a h <eos>")["input_ids"] == module.policy.tokenizer("a h <eos>")["input_ids"]
+    untrained = sppo(tmp_path / "tokenizer")
+    untrained.configure_model()
+    with pytest.raises(AssertionError):
+        same(untrained.policy, again)
+    assert module.critic is not None
+    critic = PromptCritic(str(tmp_path / "model/critic"))
+    critic.build()
+    same(module.critic, critic)
+    values = critic(PROMPTS)
+    torch.testing.assert_close(values, module.critic(PROMPTS), atol=1e-6, rtol=0)
+    assert values.abs().min() > 1e-3  # the head has learned
+
+
+def test_the_critics_folder_is_a_classifier_of_how_solvable_a_prompt_is(tmp_path: Path):
+    critic = run(tmp_path).critic
+    assert critic is not None
+    folder = str(tmp_path / "model/critic")
+    values = critic(PROMPTS).sigmoid()
+    for rate in (
+        pipeline("text-classification", model=folder, device="cpu", function_to_apply="sigmoid"),
+        pipeline("text-classification", model=folder, device="cpu", batch_size=4),  # its own choice, and padding
+    ):
+        found = rate(TEXTS)
+        assert [entry["label"] for entry in found] == ["solvable"] * 4
+        torch.testing.assert_close(torch.tensor([entry["score"] for entry in found]), values, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_of_chats_reads_what_the_template_makes_of_them(tmp_path: Path):
+    module = sppo(tmp_path / "tokenizer")
+    assert module.critic is not None
+    module.critic.tokenizer.chat_template = TEMPLATE
+    trainer_of([*stages(), HFExport(str(tmp_path / "model"))]).fit(module, data(validation=(), size=16))
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    value = module.critic([Prompt("what the policy reads", "a", "words", 0, messages=tuple(turns))]).sigmoid()
+    rate: Any = pipeline("text-classification", model=str(tmp_path / "model/critic"), device="cpu")
+    text = rate.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == "a b h c h a"
+    (found,) = rate(text, add_special_tokens=False)
+    assert found["score"] == pytest.approx(value.item(), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_leave_what_one_leaves(tmp_path: Path):
+    one = run(tmp_path / "one", learning_rate=1e-3)
+    run(tmp_path / "two", learning_rate=1e-3, devices=2, strategy="ddp_fork")
+    policy, critic = CausalLMPolicy(str(tmp_path / "two/model")), PromptCritic(str(tmp_path / "two/model/critic"))
+    assert one.critic is not None
+    for trained, loaded in ((one.policy, policy), (one.critic, critic)):
+        loaded.build()
+        same(trained, loaded, atol=1e-5)
+    assert critic(PROMPTS).abs().min() > 1e-4
