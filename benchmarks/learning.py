@@ -1,0 +1,189 @@
+"""The race: SPPO against its relatives on the embedded task, from the same warm starts, by time and by samples.
+
+Two protocols. `prompts` is the paper's: every method sees the same prompts per iteration, so GRPO samples eight
+times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
+for every method with the same budget, on a warm start that is not raced. Finished runs are kept: started again, the
+script goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import race_report as report
+import yaml
+
+from sppo_lightning.config_files import merge, read
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART, BASELINES = ROOT / "configs" / "quickstart", ROOT / "configs" / "baselines"
+PROMPTS, UPDATES = 256, 2  # per iteration, of the quickstart's config
+LEARNING_RATES = (1e-4, 3e-4, 6e-4)
+SCAN_SEED = 100  # of the warm start on which learning rates are chosen
+
+
+@dataclass(frozen=True)
+class Method:
+    """A racer: its overlay on the quickstart's config, and how many responses it samples per prompt."""
+
+    name: str
+    overlay: str | None
+    samples: int = 1
+    sampled: int | None = None  # per prompt, the greedy one included
+
+    @property
+    def responses(self) -> int:
+        """Sampled per prompt, of whatever kind."""
+        return self.sampled or self.samples
+
+
+METHODS = [
+    Method("SPPO", None),
+    Method("SPPO, small critic", "sppo_small_critic"),
+    Method("batch mean", "batch_mean"),
+    Method("GRPO", "grpo", 8),
+    Method("RLOO", "rloo", 5),
+    Method("ReMax", "remax", 1, 2),
+    Method("PPO", "ppo"),
+    Method("PPO, BCE", "ppo_bce"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the race or of the scan."""
+
+    method: Method
+    protocol: str
+    lr: float
+    seed: int
+    seconds: float
+
+    @property
+    def folder(self) -> Path:
+        """Where its summary goes, below the race's folder; a method with one response has one protocol."""
+        protocol = self.protocol if self.method.responses > 1 else "both"
+        name = self.method.name.lower().replace(", ", "_").replace(" ", "_")
+        return Path(f"{protocol}/{name}/lr{self.lr:g}_seed{self.seed}_{self.seconds:g}s")
+
+    def config(self, warm_starts: Path) -> dict[str, Any]:
+        """The quickstart's config, the method's overlay, and what the race sets."""
+        prompts = PROMPTS if self.protocol == "prompts" else PROMPTS // self.method.responses // UPDATES * UPDATES
+        model = str(warm_starts / str(self.seed) / "runs/quickstart/warm_start/model")
+        race = {
+            "seed_everything": self.seed,
+            "model": {
+                "init_args": {
+                    "policy_optimizer": {"lr": self.lr},
+                    "mini_batch_size": prompts * self.method.samples // UPDATES,
+                }
+            },
+            "data": {"init_args": {"batch_size": prompts}},
+            "trainer": {
+                "max_time": None,
+                "logger": False,
+                "callbacks": [
+                    {
+                        "class_path": "sppo_lightning.callbacks.RolloutGeneration",
+                        "init_args": {"validation": {"samples_per_prompt": 8}, "validation_greedy": False},
+                    },
+                    {
+                        "class_path": "sppo_lightning.callbacks.RunSummary",
+                        "init_args": {"path": ".", "title": self.method.name},
+                    },
+                    {"class_path": "sppo_lightning.callbacks.HFExport", "init_args": {"path": "model"}},
+                    {
+                        "class_path": "timed.TimedValidation",
+                        "init_args": {"seconds": self.seconds, "every_seconds": self.seconds / 10},
+                    },
+                ],
+            },
+        }
+        overlay = [] if self.method.overlay is None else [read(str(BASELINES / f"{self.method.overlay}.yaml"))]
+        merged: Any = merge([read(str(QUICKSTART / "sppo.yaml")), *overlay, race])
+        unwanted = ("SampleLog", "ModelCheckpoint", "CriticCalibration", "RichProgress")
+        callbacks = merged["trainer"]["callbacks"]
+        merged["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(unwanted)]
+        return yaml.safe_load(yaml.safe_dump(merged).replace("runs/quickstart/warm_start/model", model))
+
+
+def fit(config: Path, folder: Path, *options: str) -> None:
+    """One run of `fit` in `folder`, on one thread; its output goes to fit.log there."""
+    command = [sys.executable, "-m", "sppo_lightning", "fit", "--config", str(config.resolve()), *options]
+    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    with (folder / "fit.log").open("w") as log:
+        status = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log).returncode
+    if status:
+        raise SystemExit(f"A run failed with status {status}; see {folder / 'fit.log'}.")
+
+
+def warm_start(folder: Path, seed: int) -> None:
+    """Supervised warm start with `seed`, unless it is there."""
+    target = folder / str(seed)
+    if not (target / "runs/quickstart/warm_start/model/model.safetensors").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        fit(QUICKSTART / "sft.yaml", target, f"--seed_everything={seed}")
+
+
+def race(run: Run, folder: Path) -> None:
+    """One run, unless it is there."""
+    target = folder / run.folder
+    if (target / "summary.json").exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    (target / "config.yaml").write_text(yaml.safe_dump(run.config((folder / "warm_starts").resolve())))
+    start = time.perf_counter()
+    fit(target / "config.yaml", target)
+    print(f"{run.folder}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Warm starts, scan, race, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the race, each with a warm start of its own")
+    parser.add_argument("--seconds", type=float, default=75, help="training time of a run of the race")
+    parser.add_argument("--scan-seconds", type=float, default=45, help="training time of a run of the scan")
+    parser.add_argument("--methods", default="", help="names, separated by ';'; all when left out")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="where everything goes")
+    parser.add_argument("--figures", type=Path, default=None, help="folder for the figures, docs for instance")
+    arguments = parser.parse_args()
+    chosen = [m for m in METHODS if not arguments.methods or m.name in arguments.methods.split(";")]
+    folder, seeds = arguments.folder, range(1, arguments.seeds + 1)
+
+    def side_by_side(task: Any, *rows: Any) -> None:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(task, *rows))
+
+    side_by_side(lambda seed: warm_start(folder / "warm_starts", seed), [SCAN_SEED, *seeds])
+    pairs = [(m, p) for m in chosen for p in ("prompts", "samples") if m.responses > 1 or p == "prompts"]
+    scan = {pair: [Run(*pair, lr, SCAN_SEED, arguments.scan_seconds) for lr in LEARNING_RATES] for pair in pairs}
+    side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
+    raced = {}
+    for pair, runs in scan.items():
+        best = max(runs, key=lambda run: report.scan_score(folder / run.folder))
+        raced[pair] = [Run(*pair, best.lr, seed, arguments.seconds) for seed in seeds]
+    # seed by seed, so that what disturbs the machine for a while disturbs all methods
+    side_by_side(lambda run: race(run, folder), [runs[i] for i in range(len(seeds)) for runs in raced.values()])
+    report.write(
+        {(m.name, p): [(folder / r.folder, r.lr) for r in runs] for (m, p), runs in raced.items()},
+        {(m.name, p): [(folder / r.folder, r.lr) for r in runs] for (m, p), runs in scan.items()},
+        folder,
+        arguments.figures or folder,
+    )
+
+
+if __name__ == "__main__":
+    main()
