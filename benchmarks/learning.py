@@ -93,6 +93,10 @@ class Run:
                 "logger": False,
                 "callbacks": [
                     {
+                        "class_path": "sppo_lightning.callbacks.InitialValidation",
+                        "init_args": {"min_pass_rate": 0.0, "metric": None},
+                    },
+                    {
                         "class_path": "sppo_lightning.callbacks.RolloutGeneration",
                         "init_args": {"validation": {"samples_per_prompt": 8}, "validation_greedy": False},
                     },

@@ -80,9 +80,7 @@ def row(runs: Sequence[tuple[Path, float]]) -> dict[str, Any]:
         "long": float(np.mean(by_length["long"])),
         "mean_over_time": float(np.mean([np.trapezoid(c.accuracy, c.seconds) / c.seconds[-1] for c in curves])),
         "iterations": float(np.mean([s["iterations"] for s in summaries])),
-        "seconds_per_iteration": float(
-            np.mean([c.seconds[-1] / s["iterations"] for c, s in zip(curves, summaries)])
-        ),
+        "seconds_per_iteration": float(np.mean([s["curve"][-1]["seconds"] / s["iterations"] for s in summaries])),
         "responses": float(np.mean([c.samples[-1] for c in curves])),
         "rollout_share": float(np.mean([s["rollout"] / (s["rollout"] + s["update"]) for s in seconds])),
         "advantage_variance": float(np.mean([r["advantage_std"] ** 2 for rows in early for r in rows])),
@@ -121,20 +119,8 @@ def write(raced: Runs, scanned: Runs, folder: Path, figures: Path) -> None:
 def show(methods: Mapping[str, Mapping[str, Any]], title: str, goal: float) -> None:
     """One protocol's table."""
     table = Table(title=f"{title}; GRPO's best mean accuracy {goal:.3f}")
-    columns = (
-        "method",
-        "lr",
-        "before",
-        "after",
-        "2–4",
-        "8–10",
-        "mean over time",
-        "s to GRPO",
-        "ratio",
-        "samples to GRPO",
-    )
-    columns += ("s/iteration", "rollout", "var A", "|g|", "var |g|", "MB")
-    for column in columns:
+    columns = "method|lr|before|after|2–4|8–10|mean over time|s to GRPO|ratio|samples to GRPO|s/iteration|rollout"
+    for column in f"{columns}|var A|norm g|var norm g|MB".split("|"):
         table.add_column(column, justify="right")
     grpo = methods.get("GRPO", {}).get("seconds_to_grpo")
     for name, r in sorted(methods.items(), key=lambda item: -item[1]["after"]):
