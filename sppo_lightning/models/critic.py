@@ -89,7 +89,8 @@ class PromptCritic(Critic):
         """
         rows: list[list[int]] = []
         for prompt in prompts:
-            key = (prompt.text, tuple(tuple(turn.items()) for turn in prompt.messages or ()))
+            turns = None if prompt.messages is None else tuple(tuple(turn.items()) for turn in prompt.messages)
+            key = (prompt.text, turns)
             if key not in self._token_ids:
                 self._token_ids[key] = self._tokenize(prompt)
             self._token_ids.move_to_end(key)

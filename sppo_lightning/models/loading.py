@@ -82,59 +82,55 @@ def load_model(
     """A model of `auto_class` in float32: weights from `pretrained`, or random ones for `config`.
 
     Master weights are float32 whatever `trainer.precision` says; mixed precision casts on the fly. Dropout is
-    off, because the log-probabilities of the update must be those of the sampler.
-
-    Args:
-        auto_class: The transformers class that finds the model's own.
-        pretrained: Folder or hub id.
-        config: Values of a transformers config, `model_type` among them; goes before `pretrained`.
-        setting: How the configuration calls the module, for errors.
-        trust_remote_code: Run Python code that comes with the model.
-        attn_implementation: Attention of transformers; its default if None.
-        adapt: Gives the config to load with, from the model's own.
+    off, because the log-probabilities of the update must be those of the sampler. `setting` is how the
+    configuration calls the module, and `adapt` makes the config to load with of the model's own.
 
     Returns:
         The model and transformers' loading info: `missing_keys`, the weights that are random, and
-        `mismatched_keys`, those whose shape in the folder is another one, as (name, found, needed).
+        `mismatched_keys`, those of another shape in the folder, as (name, found, needed).
 
     Raises:
         InputError: there is no such model, or it cannot be built.
     """
-    if config is not None:
-        model_type = config.get("model_type")
-        if model_type is None:
-            raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
-        refusal = f"`{setting}.config.model_type`={model_type!r} cannot be built"
-        way_out = "correct its values or use another family, such as qwen2"
-    elif pretrained is not None:
-        check_exists(pretrained, f"{setting}.pretrained")
-        refusal = f"`{setting}.pretrained`={pretrained!r} cannot be loaded"
-        way_out = "give the folder or hub id of another model, such as Qwen/Qwen2.5-1.5B"
-    else:
-        raise InputError(f"`{setting}` needs `pretrained` (a folder or hub id) or `config` (random weights).")
+    refusal, way_out = _refusal(pretrained, config, setting)
     options: dict[str, Any] = {"dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        if config is not None:
+        if config is None:
+            own = AutoConfig.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
+            options |= {"config": adapt(own), "trust_remote_code": trust_remote_code}
+            # what does not fit is in the info, and transformers' own error is a page long
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = auto_class.from_pretrained(pretrained, **options)
+        else:
             model = auto_class.from_config(adapt(AutoConfig.for_model(**config)), **options)
             info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set()}
-        else:
-            own = AutoConfig.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
-            model, info = auto_class.from_pretrained(
-                pretrained,
-                config=adapt(own),
-                trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,  # `info` has them, and transformers' own error is a page long
-                output_loading_info=True,
-                **options,
-            )
     except InputError:
         raise
     except (AttributeError, ImportError, OSError, StrictDataclassError, ValueError) as error:
         _check_attention(error, setting, attn_implementation)
         raise InputError(f"{refusal} as {auto_class.__name__} ({first_sentence(error)}); {way_out}.") from error
     return model.eval(), info
+
+
+def _refusal(pretrained: str | None, config: dict[str, Any] | None, setting: str) -> tuple[str, str]:
+    """What to say, and the way out, if a model cannot be made of these; raises if they name none."""
+    if config is not None:
+        model_type = config.get("model_type")
+        if model_type is None:
+            raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
+        return (
+            f"`{setting}.config.model_type`={model_type!r} cannot be built",
+            "correct its values or use another family, such as qwen2",
+        )
+    if pretrained is not None:
+        check_exists(pretrained, f"{setting}.pretrained")
+        return (
+            f"`{setting}.pretrained`={pretrained!r} cannot be loaded",
+            "give the folder or hub id of another model, such as Qwen/Qwen2.5-1.5B",
+        )
+    raise InputError(f"`{setting}` needs `pretrained` (a folder or hub id) or `config` (random weights).")
 
 
 @contextmanager
