@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -113,6 +114,10 @@ PAPER = {  # the paper's settings
 }
 
 
+PAPER_SETS = ["aime24", "aime25", "amc23", "math500", "minerva"]
+INSTRUCTION = r"Please output the final answer within \boxed{}."
+
+
 def test_the_papers_configs_are_these():
     assert {path.stem for path in CONFIGS if path.parent.name == "paper"} == set(PAPER)
 
@@ -147,7 +152,7 @@ def test_the_papers_settings(name: str, in_an_empty_folder: Path):
     assert module.policy.gradient_checkpointing
     assert module.critic.gradient_checkpointing
     assert trainer.precision == "bf16-mixed"
-    assert data.validation == {"math500": "data/math500.parquet", "aime25": "data/aime25.parquet"}
+    assert data.validation == {name: f"data/{name}.parquet" for name in PAPER_SETS}
     assert any(isinstance(c, MathVerifier) for c in trainer.callbacks)
     assert any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks)
     assert isinstance(trainer.logger, TensorBoardLogger)
@@ -158,6 +163,27 @@ def test_deepscaler_is_read_by_its_own_columns(in_an_empty_folder: Path):
     source = built(config).datamodule.train
     assert source.path == "agentica-org/DeepScaleR-Preview-Dataset"
     assert source.columns == {"prompt": "problem", "answer": "answer"}
+
+
+def test_each_prompt_has_the_instruction_once(with_tiny_models: Callable[[Path], dict[str, Any]]):
+    config = with_tiny_models(ROOT / "configs/paper/sppo_1.5b_deepscaler.yaml")
+    turns = [{"role": "user", "content": f"What is 1 + 2? {INSTRUCTION}"}]
+    rows = {
+        "train": {"problem": "What is 1 + 1?", "solution": "Count.", "answer": "2"},
+        "aime24": {"prompt": turns, "reward_model": {"ground_truth": "3"}},
+    }
+    for name, row in rows.items():
+        pq.write_table(pa.Table.from_pylist([row]), f"{name}.parquet")
+    settings = config["data"]["init_args"]
+    settings |= {"batch_size": 1, "validation": {"aime24": "aime24.parquet"}}
+    settings["train"]["init_args"]["path"] = "train.parquet"
+    config["trainer"]["accelerator"] = "cpu"
+    cli = built(config)
+    cli.datamodule.trainer = cli.trainer
+    cli.trainer.strategy.connect(cli.model)
+    cli.datamodule.setup("fit")
+    texts = [each.prompts[0].text for each in (cli.datamodule.train_dataloader(), *cli.datamodule.val_dataloader())]
+    assert texts == [f"What is 1 + {n}? {INSTRUCTION}" for n in (1, 2)]
 
 
 @pytest.mark.slow
@@ -200,7 +226,11 @@ def shorten(config: dict[str, Any], policy: str, critic: str) -> None:
     settings = config["model"]["init_args"]
     settings["policy"]["init_args"]["pretrained"] = policy
     settings["critic"]["init_args"]["pretrained"] = critic
-    config["data"]["init_args"]["validation_batch_size"] = 4
+    sets = config["data"]["init_args"]["validation"]
+    config["data"]["init_args"] |= {
+        "validation_batch_size": 4,
+        "validation": {name: path for name, path in sets.items() if Path(path).exists()},
+    }
     iteration = config["data"]["init_args"]["batch_size"] // settings["mini_batch_size"]
     config["trainer"] |= {"accelerator": "cpu", "max_steps": 2 * iteration, "limit_val_batches": 2}
     rollout = next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("RolloutGeneration"))

@@ -52,15 +52,18 @@ class PromptFormat:
         self.system_prompt = system_prompt
         self.suffix = suffix or ""
 
-    def render(self, prompt: str | Turns) -> tuple[str, Turns | None]:
+    def render(self, prompt: str | Turns, suffix: str | None = None) -> tuple[str, Turns | None]:
         """The text that the policy reads, and the turns it was made of (None for plain text).
+
+        `suffix` takes the place of the run's where it is given.
 
         Raises:
             RowError: Where the chat template refuses the turns.
         """
+        suffix = self.suffix if suffix is None else suffix
         if isinstance(prompt, str) and not self.chat:
-            return "\n\n".join(filter(None, (self.system_prompt, prompt + self.suffix))), None
-        turns = self._turns(prompt)
+            return "\n\n".join(filter(None, (self.system_prompt, prompt + suffix))), None
+        turns = self._turns(prompt, suffix)
         if not self.chat:
             return "\n\n".join(turn["content"] for turn in turns if turn["content"]), turns
         try:
@@ -71,13 +74,13 @@ class PromptFormat:
             raise RowError(f"the chat template refuses the messages ({error})") from error
         return str(text), turns
 
-    def _turns(self, prompt: str | Turns) -> Turns:
+    def _turns(self, prompt: str | Turns, suffix: str) -> Turns:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self.system_prompt is not None:
             turns = [turn for turn in turns if turn["role"] != "system"]
             turns.insert(0, {"role": "system", "content": self.system_prompt})
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
-        turns[last] = {"role": "user", "content": turns[last]["content"] + self.suffix}
+        turns[last] = {"role": "user", "content": turns[last]["content"] + suffix}
         return tuple(turns)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

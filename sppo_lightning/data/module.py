@@ -36,7 +36,7 @@ class PromptDataModule(LightningDataModule):
         template: `chat` (the tokenizer's chat template), `plain` (the text as it is), or `auto`: `chat` where
             the tokenizer has a chat template.
         system_prompt: The system turn of every prompt, instead of one that a row may have.
-        suffix: Appended as it stands to the last user turn of every prompt.
+        suffix: Appended as it stands to the last user turn of every prompt whose source has no `suffix` of its own.
         shuffle: Draw the training prompts of each epoch in a new order.
         seed: Decides these orders; the run's seed (`seed_everything`) if left out, or 0 where there is none.
         on_bad_row: `error` refuses data with rows that cannot be used, `skip` leaves those rows out.
@@ -153,7 +153,7 @@ class PromptDataModule(LightningDataModule):
         prompts = []
         for record in records:
             try:
-                text, turns = prompt_format.render(record.prompt)
+                text, turns = prompt_format.render(record.prompt, source.suffix)
             except RowError as error:
                 bad.add(record.row, str(error))
                 continue

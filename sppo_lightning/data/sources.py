@@ -21,11 +21,13 @@ Row = Mapping[str, Any]  # column → value, as the file gives it
 class PromptSource(ABC):
     """Raw rows, and the layout they are read with.
 
-    A subclass writes `origin` and `rows`, and sets `layout` (and `columns`) where "auto" would not do.
+    A subclass writes `origin` and `rows`, and sets `layout` (and `columns`) where "auto" would not do, and `suffix`
+    where its prompts need another one than the rest of the data.
     """
 
     layout: str = "auto"  # a name from `sppo_lightning.data.layouts.LAYOUTS`, or "auto": told by the columns
     columns: Mapping[str, str] | None = None  # "prompt", "answer" or "demonstration" → the rows' own name
+    suffix: str | None = None  # appended to the last user turn, instead of the data module's
 
     @property
     @abstractmethod
@@ -50,6 +52,8 @@ class PromptFile(PromptSource):
         limit: Read only this many rows, from the first on; all of them if left out.
         subset: Which configuration of a hub id to read, where it has several (`main` for `openai/gsm8k`).
         revision: Which commit, branch or tag of a hub id to read; the newest if left out.
+        suffix: Appended as it stands to the last user turn of each prompt, instead of the data's own `suffix`;
+            "" appends nothing.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class PromptFile(PromptSource):
         limit: int | None = None,
         subset: str | None = None,
         revision: str | None = None,
+        suffix: str | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise InputError(f"`limit`={limit} of {path} leaves no row; use 1 or more, or leave it out.")
@@ -71,6 +76,7 @@ class PromptFile(PromptSource):
         self.limit = limit
         self.subset = subset
         self.revision = revision
+        self.suffix = suffix
 
     @property
     def origin(self) -> str:

@@ -150,6 +150,14 @@ def test_the_format_reaches_the_prompts(trainer, chat_tokenizer, files):
     assert batch.token_ids == [[4, 6, 3, 8, 7, 5]]
 
 
+def test_a_source_may_have_a_suffix_of_its_own(trainer, chat_tokenizer, files):
+    own, none = (PromptFile(files.tiny, suffix=suffix) for suffix in (" ten", ""))
+    data = PromptDataModule(validation={"tiny": files.tiny, "own": own, "none": none}, suffix=" two")
+    trainer.validate(Reader(chat_tokenizer), data)
+    texts = [loader.prompts[0].text for loader in data.val_dataloader()]
+    assert texts == [f"<user> three{suffix} <assistant>" for suffix in (" two", " ten", "")]
+
+
 def test_the_seed_is_the_runs_unless_it_is_set(trainer, tokenizer, files, monkeypatch):
     def order(seed):
         data = PromptDataModule(files.train, batch_size=6, seed=seed)

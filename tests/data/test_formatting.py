@@ -39,6 +39,8 @@ def test_system_prompt_and_suffix(chat_tokenizer, tokenizer):
     plain = PromptFormat(tokenizer, "plain", system_prompt="ten", suffix=" nine")
     assert plain.render("one")[0] == "ten\n\none nine"
     assert plain.render((SYSTEM, USER))[0] == "ten\n\ntwo nine"
+    assert chat.render("one", suffix=" five")[0] == "<system> ten <user> one five <assistant>"
+    assert plain.render("one", suffix="")[0] == "ten\n\none"
     assert USER == {"role": "user", "content": "two"}  # the row's own turns stay as they are
 
 
