@@ -114,7 +114,7 @@ class GAE(Advantage):
     def __init__(self, gamma: float = 1.0, lam: float = 1.0, whiten: bool = True) -> None:
         for name, value in (("gamma", gamma), ("lam", lam)):
             if not 0 <= value <= 1:
-                raise InputError(f"`GAE.{name}`={value} cannot be used; it must be from 0 to 1.")
+                raise InputError(f"`{type(self).__name__}.{name}`={value} cannot be used; it must be from 0 to 1.")
         self.gamma = gamma
         self.lam = lam
         self.whiten = whiten

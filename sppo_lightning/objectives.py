@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from sppo_lightning import functional
 from sppo_lightning.errors import InputError
 from sppo_lightning.functional import Aggregation, RatioLevel, RatioNormalization
 
+RatioDenominator = Literal["behaviour", "reference"]  # the policy that sampled, or the reference
 Unit = Literal["tokens", "sequences"]  # what a loss is averaged over
 Stats = dict[str, Tensor]  # detached scalars of one micro-batch
 
@@ -56,6 +57,7 @@ class TokenObjective(Objective):
     """
 
     def __init__(self, aggregation: Aggregation = "token-mean", constant_length: int | None = None) -> None:
+        _check_option("aggregation", aggregation, Aggregation)
         if constant_length is not None and (constant_length < 1 or aggregation != "seq-mean-token-sum"):
             raise InputError(
                 f"`constant_length`={constant_length} with `aggregation`={aggregation} cannot be used; it must be "
@@ -152,10 +154,11 @@ class ImportanceWeightedObjective(TokenObjective):
         constant_length: int | None = None,
     ) -> None:
         super().__init__(aggregation, constant_length)
+        _check_option("level", level, RatioLevel)
         if not 0 <= min_weight <= 1 <= max_weight:
             raise InputError(
-                f"`min_weight`={min_weight} and `max_weight`={max_weight} cut off the weight 1 of the policy "
-                "itself; use at most 1 and at least 1."
+                f"`min_weight`={min_weight} and `max_weight`={max_weight} are no range around the weight 1; use 0 "
+                "to 1 for the lower and 1 or more for the upper."
             )
         self.min_weight = min_weight
         self.max_weight = max_weight
@@ -188,9 +191,11 @@ class SequenceClipObjective(Objective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         normalize: RatioNormalization = "length",
-        against: Literal["behaviour", "reference"] = "behaviour",
+        against: RatioDenominator = "behaviour",
     ) -> None:
         _check_clip(clip_low, clip_high)
+        _check_option("normalize", normalize, RatioNormalization)
+        _check_option("against", against, RatioDenominator)
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.normalize = normalize
@@ -209,7 +214,7 @@ class SequenceClipObjective(Objective):
             clip_high=self.clip_high,
             normalize=self.normalize,
         )
-        return losses.sum() / denominator, stats
+        return _share(losses, denominator), stats
 
 
 def _check_clip(clip_low: float, clip_high: float) -> None:
@@ -218,6 +223,16 @@ def _check_clip(clip_low: float, clip_high: float) -> None:
             f"`clip_low`={clip_low} and `clip_high`={clip_high} are no range around the ratio 1; use 0 to 1 for "
             "the lower and 0 or more for the upper."
         )
+
+
+def _check_option(name: str, value: str, options: Any) -> None:
+    if value not in get_args(options):
+        raise InputError(f"`{name}`={value} is unknown; use {' or '.join(get_args(options))}.")
+
+
+def _share(losses: Tensor, denominator: Tensor) -> Tensor:
+    """The losses' sum over the mini-batch's count, which is float64, in the losses' own type."""
+    return losses.sum() / denominator.to(losses.dtype)
 
 
 class ValueLoss(ABC):
@@ -276,4 +291,4 @@ class ClippedSquaredError(ValueLoss):
     def __call__(self, outputs: Tensor, old_values: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
         """See `ValueLoss`."""
         ones = outputs.new_ones(outputs.shape)
-        return functional.clipped_value_loss(outputs, old_values, targets, ones, self.clip).sum() / denominator
+        return _share(functional.clipped_value_loss(outputs, old_values, targets, ones, self.clip), denominator)

@@ -41,12 +41,13 @@ class CriticWarmup:
             raise InputError(
                 f"`CriticWarmup.min_brier_skill`={min_brier_skill} is never reached; use less than 1, such as 0.05."
             )
-        if min_auroc is not None and not 0 <= min_auroc < 1:
-            raise InputError(f"`CriticWarmup.min_auroc`={min_auroc} cannot be asked for; use 0 to 1, such as 0.6.")
+        if min_auroc is not None and not 0 <= min_auroc <= 1:
+            raise InputError(f"`CriticWarmup.min_auroc`={min_auroc} is no share; use 0 to 1, such as 0.6.")
         self.updates = updates
         self.floors = {"critic/brier_skill": min_brier_skill, "critic/auroc": min_auroc}
         self.max_updates = max_updates
-        self.running = updates > 0 or min_brier_skill is not None or min_auroc is not None
+        conditions = updates > 0 or min_brier_skill is not None or min_auroc is not None
+        self.running = conditions and max_updates > 0
 
     def observe(self, updates: int, metrics: Mapping[str, Any]) -> None:
         """Decide, after `updates` updates in all and with the last iteration's metrics, whether to wait on."""

@@ -28,9 +28,11 @@ def gae(
     lam: float = 1.0,
     whiten: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantages `A_t = δ_t + γλ A_{t+1}`, `δ_t = r_t + γ V_{t+1} − V_t`, and returns `A + V`.
+    """Generalized advantages `A_t = δ_t + γλ A_{t+1}`, `δ_t = r_t + γ V_{t+1} − V_t`, and returns `G = A + V`.
 
-    Both are `[N, T]`, zero where the mask is; a masked position is stepped over.
+    Both are `[N, T]`, zero where the mask is; a masked position is stepped over. Computed as the equal
+    `G_t = r_t + γ ((1 − λ) V_{t+1} + λ G_{t+1})`, which no rounding takes out of [0, 1] where the values and a
+    single reward at the end are in it.
 
     Args:
         token_rewards: `[N, T]`.
@@ -43,19 +45,18 @@ def gae(
 
     Source: GAE, arXiv 1506.02438, equation 16.
     """
-    kept, rewards, values = mask.bool(), keep(token_rewards, mask), keep(token_values, mask)
-    advantage = next_value = values.new_zeros(len(values))
+    kept, dtype = mask.bool(), torch.promote_types(token_rewards.dtype, token_values.dtype)
+    rewards, values = keep(token_rewards, mask).to(dtype), keep(token_values, mask).to(dtype)
+    next_return = next_value = values.new_zeros(len(values))
     columns: list[Tensor] = []
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(kept[:, t], delta + gamma * lam * advantage, advantage)
+        expected = torch.lerp(next_value, next_return, lam)  # exact at λ = 0 and 1, and between the two elsewhere
+        next_return = torch.where(kept[:, t], rewards[:, t] + gamma * expected, next_return)
         next_value = torch.where(kept[:, t], values[:, t], next_value)
-        columns.append(advantage)
-    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(values)
-    returns = keep(advantages + values, mask)
-    if whiten:
-        advantages = whiten_tokens(advantages, mask)
-    return keep(advantages, mask), returns
+        columns.append(next_return)
+    returns = keep(torch.stack(columns[::-1], dim=1), mask) if columns else torch.zeros_like(values)
+    advantages = returns - values
+    return whiten_tokens(advantages, mask) if whiten else advantages, returns
 
 
 def whiten_tokens(values: Tensor, mask: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -76,9 +77,8 @@ def whiten_tokens(values: Tensor, mask: Tensor, sum_over_ranks: Callable[[Tensor
 
 def last_token_rewards(rewards: Tensor, mask: Tensor, penalties: Tensor | None = None) -> Tensor:
     """`[N, T]`: `R` at each response's last token, minus `penalties` `[N, T]` (such as β·KL) at every token."""
-    steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    is_last = mask.bool() & (steps == (mask.bool() * steps).amax(dim=1, keepdim=True))
-    placed = torch.where(is_last, rewards[:, None].to(mask.dtype), 0.0)
+    tokens_from_here = mask.bool().flip(1).cumsum(dim=1).flip(1)
+    placed = torch.where(mask.bool() & (tokens_from_here == 1), rewards[:, None], 0.0)
     return placed if penalties is None else placed - keep(penalties, mask)
 
 

@@ -52,8 +52,10 @@ def clipped_value_loss(
 
     Source: PPO's reference implementation (baselines `ppo2`); arXiv 1707.06347 has the unclipped loss.
     """
-    clipped = old_token_values + (token_values - old_token_values).clamp(-clip, clip)
-    return keep(torch.maximum((token_values - returns).square(), (clipped - returns).square()) / 2, mask)
+    # Masked before they are squared: where a value is NaN, so is the square's gradient, even times 0.
+    values, old, targets = keep(token_values, mask), keep(old_token_values, mask), keep(returns, mask)
+    clipped = old + (values - old).clamp(-clip, clip)
+    return torch.maximum((values - targets).square(), (clipped - targets).square()) / 2
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3") -> Tensor:

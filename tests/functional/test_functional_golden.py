@@ -7,7 +7,7 @@ import torch
 
 from sppo_lightning import functional as math_of
 
-CASES = json.loads((Path(__file__).parent / "golden" / "objectives.json").read_text())
+CASES = json.loads((Path(__file__).parents[1] / "golden" / "objectives.json").read_text())
 
 
 def golden_advantage(name, inputs, options):
