@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppo_lightning.base import PolicyModule
-from sppo_lightning.batch import PromptBatch
+from sppo_lightning.batch import Experience, PromptBatch, Replayed, Rollouts
 from sppo_lightning.batching import micro_batches
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import ValueLoss
 from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
+from sppo_lightning.replay import CriticReplay
 from sppo_lightning.warmup import CriticWarmup
 
 
 class ActorCritic(PolicyModule):
     """Builds, optimizes and checkpoints policy, critic and reference; `SPPOModule` says what they learn."""
+
+    with_state: ClassVar[tuple[str, ...]] = ("critic_warmup", "critic_replay")  # saved, besides the modules
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class ActorCritic(PolicyModule):
         critic: Critic | None,
         critic_objective: ValueLoss,
         critic_warmup: CriticWarmup | None,
+        critic_replay: CriticReplay | None,
         policy_optimizer: GroupOptimizer,
         critic_optimizer: GroupOptimizer,
         lr_schedule: Schedule,
@@ -36,6 +41,7 @@ class ActorCritic(PolicyModule):
         self.critic = critic
         self.critic_objective = critic_objective
         self.critic_warmup = critic_warmup
+        self.critic_replay = critic_replay
         self.reference: CausalLMPolicy | None = None
         self.reference_version = 0  # `trainer.global_step` of the reference's weights; -1 for a mixture of several
         self.policy_optimizer = policy_optimizer
@@ -80,6 +86,41 @@ class ActorCritic(PolicyModule):
         )
         return [optimizer], [schedule]
 
+    def critic_values(self, rollouts: Rollouts) -> tuple[Tensor | None, Tensor | None]:
+        """Value logits `v` `[N]` of a critic that reads prompts, or values `[N, T]` of one that reads tokens."""
+        if self.critic is None:
+            return None, None
+        groups = micro_batches(self.critic.lengths(rollouts), self.micro_batch_tokens)
+        outputs = torch.cat([self.critic.outputs(rollouts.rows(group)) for group in groups])
+        order = torch.tensor([i for group in groups for i in group], device=outputs.device)
+        outputs = outputs[order.argsort()]
+        return (outputs, None) if outputs.ndim == 1 else (None, self.critic_objective.predict(outputs))
+
+    def value_loss(self, rows: Experience, counts: dict[str, Tensor]) -> Tensor | None:
+        """The critic's loss on these rows, as their share of the mini-batch's; None without a critic."""
+        if self.critic is None:
+            return None
+        assert rows.values is not None
+        assert rows.targets is not None
+        outputs = self.critic.outputs(rows.rollouts)
+        kept, unit = (rows.verdicts, "sequences") if outputs.ndim == 1 else (rows.mask.bool(), "tokens")
+        return self.critic_objective(outputs[kept], rows.values[kept], rows.targets[kept], counts[unit])
+
+    def replayed_lengths(self, rows: Replayed | None) -> list[int]:
+        """`M` numbers of tokens that the critic reads again."""
+        if rows is None or self.critic is None:
+            return []
+        return self.critic.prompt_lengths(rows.prompts, rows.token_ids)
+
+    def replay_loss(self, rows: Replayed | None, counts: dict[str, Tensor]) -> Tensor | None:
+        """Weighted mean of the binary cross-entropy, as these rows' share of the mini-batch's; None without any."""
+        if rows is None:
+            return None
+        assert self.critic is not None
+        outputs = self.critic.prompt_outputs(rows.prompts, rows.token_ids)
+        shares, targets = (rows.weights / counts["replayed"]).to(outputs), rows.targets.to(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, targets, shares, reduction="sum")
+
     @torch.no_grad()
     def prompt_values(self, batch: PromptBatch) -> Tensor | None:
         """The critic's chance of success for each prompt, `[B]`, without gradient; None without a critic."""
@@ -105,11 +146,13 @@ class ActorCritic(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what decides the future and is no tensor of a module."""
         checkpoint["reference_version"] = self.reference_version
-        if self.critic_warmup is not None:
-            checkpoint["critic_warmup"] = self.critic_warmup.state_dict()
+        for name in self.with_state:
+            if getattr(self, name) is not None:
+                checkpoint[name] = getattr(self, name).state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         self.reference_version = checkpoint.get("reference_version", 0)
-        if self.critic_warmup is not None and "critic_warmup" in checkpoint:
-            self.critic_warmup.load_state_dict(checkpoint["critic_warmup"])
+        for name in self.with_state:
+            if getattr(self, name) is not None and name in checkpoint:
+                getattr(self, name).load_state_dict(checkpoint[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,20 @@ class Advantage(ABC):
         Shaping and penalties are the policy's business: the critic predicts the chance of success.
         """
         return outcomes.rewards
+
+    def learn(self, outcomes: Outcomes) -> dict[str, float]:
+        """Learn from an iteration's outcomes, after its updates, and return what to log; nothing by default.
+
+        All ranks call it, and must log the same names.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned, the same on every rank, in plain types."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most have no state)
+        """Go on where a checkpoint was saved."""
 
 
 class SequenceAdvantage(Advantage):

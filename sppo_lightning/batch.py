@@ -231,11 +231,34 @@ class Experience:
 
 
 @dataclass
+class Replayed:
+    """Prompts of earlier iterations that the critic sees again in one update."""
+
+    prompts: list[Prompt]  # M
+    token_ids: list[Sequence[int]]  # M unpadded prompts in the policy's ids
+    targets: Tensor  # [M], float64, R
+    ages: Tensor  # [M], float64, iterations since they were sampled
+    weights: Tensor  # [M], float64; 0 for a row that only keeps a rank in step with the others
+
+    def rows(self, index: Sequence[int], counts: bool = True) -> Replayed:
+        """The rows at `index`, in that order; with weight 0 where they do not count."""
+        picked = torch.as_tensor(index, dtype=torch.long, device=self.weights.device)
+        return Replayed(
+            [self.prompts[i] for i in index],
+            [self.token_ids[i] for i in index],
+            self.targets[picked],
+            self.ages[picked],
+            self.weights[picked] * counts,
+        )
+
+
+@dataclass
 class MicroBatch:
     """The rows of one backward, and the critic's."""
 
     policy: Experience
     critic: Experience  # other rows: a prompt without its response is short, and each has a target
+    replayed: Replayed | None  # what the critic sees again, if anything
     index: list[int]  # positions of the policy's rows in the mini-batch of this rank
     share: float  # 1 / (micro-batches of the mini-batch over all ranks)
     last: bool  # whether it is the last of its mini-batch

@@ -35,6 +35,12 @@ def check_combination(module: Any) -> None:
             f"`objective`={type(module.objective).__name__} takes one advantage per response, and "
             f"`advantage`={name} gives one per token; use sppo_lightning.objectives.TokenClipObjective."
         )
+    if module.critic_replay is not None and (critic is None or critic.reads != "prompt"):
+        raise InputError(
+            "`critic_replay` is set, and replays prompts, which "
+            f"`model.critic`={'null' if critic is None else type(critic).__name__} does not learn from alone; "
+            f"remove it, or set `model.critic` to {_CRITICS['prompt']}."
+        )
     if module.critic_warmup is not None and critic is None:
         raise InputError("`critic_warmup` is set, but there is no `model.critic` to warm up; remove it.")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sppo_lightning import functional
 from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
-from sppo_lightning.batch import Experience, MicroBatch, Outcomes, PromptBatch, Rollouts
+from sppo_lightning.batch import Experience, MicroBatch, Outcomes, PromptBatch, Replayed, Rollouts
 from sppo_lightning.batching import MicroRows, check_mini_batch_size, micro_batches, mini_batches
 from sppo_lightning.combination import check_combination, check_sampling
 from sppo_lightning.functional import KLEstimator
@@ -20,8 +20,11 @@ from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import BinaryCrossEntropy, Objective, TokenClipObjective, ValueLoss
 from sppo_lightning.optim import GroupOptimizer, Schedule
+from sppo_lightning.replay import CriticReplay
 from sppo_lightning.step_metrics import count_micro_batch, iteration_metrics
 from sppo_lightning.warmup import CriticWarmup
+
+_TINY = torch.finfo(torch.float64).tiny  # for 0 / 0, where nothing is replayed yet
 
 
 class SPPOModule(ActorCritic):
@@ -34,6 +37,7 @@ class SPPOModule(ActorCritic):
         objective: The policy loss; PPO's token-level clip by default.
         critic_objective: The critic's loss; SPPO's binary cross-entropy by default.
         critic_warmup: Lets the critic learn before the policy moves.
+        critic_replay: Shows the critic prompts and outcomes of earlier iterations again.
         policy_optimizer: Learning rate, weight decay and gradient clip of the policy.
         critic_optimizer: Learning rate, weight decay and gradient clip of the critic.
         lr_schedule: How learning rates go on after the warm-up, in updates.
@@ -50,6 +54,7 @@ class SPPOModule(ActorCritic):
     """
 
     needs_in_fit = frozenset({"rollouts", "scores"})
+    with_state = (*ActorCritic.with_state, "advantage")
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class SPPOModule(ActorCritic):
         objective: Objective | None = None,
         critic_objective: ValueLoss | None = None,
         critic_warmup: CriticWarmup | None = None,
+        critic_replay: CriticReplay | None = None,
         policy_optimizer: GroupOptimizer = GroupOptimizer(),  # noqa: B008 (frozen)
         critic_optimizer: GroupOptimizer = GroupOptimizer(lr=5e-6),  # noqa: B008 (frozen)
         lr_schedule: Schedule = "constant",
@@ -75,6 +81,7 @@ class SPPOModule(ActorCritic):
             critic,
             critic_objective or BinaryCrossEntropy(),
             critic_warmup,
+            critic_replay,
             policy_optimizer,
             critic_optimizer,
             lr_schedule,
@@ -104,23 +111,28 @@ class SPPOModule(ActorCritic):
         denominators = self.ratio_denominators(updates)
         for update, old_log_probs in zip(updates, denominators, strict=True):
             # tokens and sequences of the whole mini-batch over all ranks: the loss does not depend on the cut
-            counts = self.global_counts(update)
-            for micro in self.micro_batches(update):
+            replayed = (
+                None if self.critic_replay is None else self.critic_replay.draw(update, self.trainer.global_step)
+            )
+            counts = self.global_counts(update, replayed)
+            for micro in self.micro_batches(update, replayed):
                 log_probs, entropy = self.policy(micro.policy.rollouts)
                 old = log_probs.detach() if old_log_probs is None else old_log_probs[micro.index]
                 # r_t = π(y_t|…) / π_old(y_t|…), clipped; the loss is −min(r_t A, clip(r_t) A)
                 rows, denominator = micro.policy, counts[self.objective.denominator_unit]
                 policy_loss, stats = self.objective(log_probs, old, rows.advantages, rows.mask, denominator)
-                # binary cross-entropy between v and R
+                # binary cross-entropy between v and R, of this mini-batch and, where asked for, of earlier ones
                 value_loss = self.value_loss(micro.critic, counts)
+                replay_loss = self.replay_loss(micro.replayed, counts)
                 kl_loss = self.kl_loss(rows, log_probs, counts["tokens"])
-                self.accumulate(total(policy_loss, value_loss, self.kl_coef, kl_loss), micro.last)
+                self.accumulate(total(policy_loss, self.kl_coef, kl_loss, value_loss, replay_loss), micro.last)
                 losses = {"policy/loss": policy_loss, "critic/loss": value_loss, "policy/kl": kl_loss}
+                losses["critic/replay_loss"] = replay_loss
                 on_policy = rollouts.policy_version == self.trainer.global_step
                 count_micro_batch(meter, micro, losses, stats, log_probs, entropy, on_policy)
             for name, norm in self.step_optimizer(self.moving_modules()).items():
                 meter.add(f"{name}/grad_norm", norm)
-        self.report(meter, experience)
+        self.report(meter, experience, self.remember(outcomes, experience))
         self.end_iteration(time.perf_counter() - start)
 
     # ------------------------------------------------------------------ what advantages are made of
@@ -154,16 +166,6 @@ class SPPOModule(ActorCritic):
         targets = self.advantage.value_targets(outcomes)
         return Experience(rollouts, outcomes.rewards, advantages, outcomes.verdicts, values, targets)
 
-    def critic_values(self, rollouts: Rollouts) -> tuple[Tensor | None, Tensor | None]:
-        """Value logits `v` `[N]` of a critic that reads prompts, or values `[N, T]` of one that reads tokens."""
-        if self.critic is None:
-            return None, None
-        groups = micro_batches(self.critic.lengths(rollouts), self.micro_batch_tokens)
-        outputs = torch.cat([self.critic.outputs(rollouts.rows(group)) for group in groups])
-        order = torch.tensor([i for group in groups for i in group], device=outputs.device)
-        outputs = outputs[order.argsort()]
-        return (outputs, None) if outputs.ndim == 1 else (None, self.critic_objective.predict(outputs))
-
     def reward_penalties(self, rollouts: Rollouts) -> Tensor | None:
         """`β · KL` estimates `[N, T]` that are subtracted from the reward; None where the loss holds them."""
         if not self.kl_coef or self.kl_in == "loss":
@@ -187,13 +189,15 @@ class SPPOModule(ActorCritic):
             return []
         return list(range(len(update))) if self.kl_coef and self.kl_in == "loss" else update.informative
 
-    def micro_batches(self, update: Experience) -> Iterator[MicroBatch]:
+    def micro_batches(self, update: Experience, replayed: Replayed | None) -> Iterator[MicroBatch]:
         """The rows of each backward, by the token budget; as many on every rank, for collectives to meet."""
         groups = self.groups_of(update.rollouts, self.rows_that_move_the_policy(update))
         critic_lengths = [] if self.critic is None else self.critic.lengths(update.rollouts)
         for_critic = micro_batches(critic_lengths, self.micro_batch_tokens)
-        for [policy, critic], share, last in self.in_step(groups, for_critic):
-            yield MicroBatch(_rows(update, policy), _rows(update, critic), policy.index, share, last)
+        for_replay = micro_batches(self.replayed_lengths(replayed), self.micro_batch_tokens)
+        for [policy, critic, again], share, last in self.in_step(groups, for_critic, for_replay):
+            seen = None if replayed is None else replayed.rows(again.index, again.counts)
+            yield MicroBatch(_rows(update, policy), _rows(update, critic), seen, policy.index, share, last)
 
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
@@ -201,11 +205,16 @@ class SPPOModule(ActorCritic):
         groups = micro_batches([lengths[row] for row in rows], self.micro_batch_tokens)
         return [[rows[i] for i in group] for group in groups]
 
-    def global_counts(self, update: Experience) -> dict[str, Tensor]:
-        """Response tokens and sequences with a verdict of this mini-batch, over all ranks; at least 1 each."""
-        counts = torch.stack([update.mask.sum(), update.verdicts.sum()]).double()
-        tokens, sequences = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1.0)
-        return {"tokens": tokens, "sequences": sequences}
+    def global_counts(self, update: Experience, replayed: Replayed | None) -> dict[str, Tensor]:
+        """Response tokens and sequences with a verdict, and the weights of what is replayed, over all ranks."""
+        weight = update.mask.new_zeros(()) if replayed is None else replayed.weights.sum()
+        counts = torch.stack([update.mask.sum().double(), update.verdicts.sum().double(), weight.double()])
+        tokens, sequences, weight = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        return {
+            "tokens": tokens.clamp(min=1.0),
+            "sequences": sequences.clamp(min=1.0),
+            "replayed": weight.clamp(min=_TINY),
+        }
 
     # ------------------------------------------------------------------ ratio, value loss and KL
 
@@ -233,16 +242,6 @@ class SPPOModule(ActorCritic):
         for [group], _, _ in self.in_step(self.groups_of(rollouts, rows)):
             log_probs[group.index] = policy(rollouts.rows(group.index))[0]
         return log_probs
-
-    def value_loss(self, rows: Experience, counts: dict[str, Tensor]) -> Tensor | None:
-        """The critic's loss on these rows, as their share of the mini-batch's; None without a critic."""
-        if self.critic is None:
-            return None
-        assert rows.values is not None
-        assert rows.targets is not None
-        outputs = self.critic.outputs(rows.rollouts)
-        kept, unit = (rows.verdicts, "sequences") if outputs.ndim == 1 else (rows.mask.bool(), "tokens")
-        return self.critic_objective(outputs[kept], rows.values[kept], rows.targets[kept], counts[unit])
 
     def kl_loss(self, rows: Experience, log_probs: Tensor, tokens: Tensor) -> Tensor | None:
         """Mean KL penalty per token to the reference, as the share of the mini-batch's; None without one."""
@@ -273,19 +272,25 @@ class SPPOModule(ActorCritic):
         if samples and getattr(data, "batch_size", None):
             check_mini_batch_size(data.batch_size * samples[0], self.mini_batch_size, self.trainer.world_size)
 
-    def report(self, meter: Meter, experience: Experience) -> None:
+    def remember(self, outcomes: Outcomes, experience: Experience) -> dict[str, float]:
+        """What outlives the iteration: the advantage's record and the critic's store; what to log of the former."""
+        if self.critic_replay is not None:
+            self.critic_replay.store(experience)
+        return self.advantage.learn(outcomes)
+
+    def report(self, meter: Meter, experience: Experience, remembered: dict[str, float]) -> None:
         """Log the iteration over all ranks, and let the critic's warm-up see how good the critic was."""
         metrics = iteration_metrics(self, experience)
-        for name, value in (meter.means(self.trainer.strategy) | metrics).items():
+        for name, value in (meter.means(self.trainer.strategy) | metrics | remembered).items():
             self.log(name, value, prog_bar=name in ("reward/mean", "critic/value_mean"))
         if self.critic_warmup is not None:
             self.critic_warmup.observe(self.trainer.global_step, metrics)
             self.log("critic/warming_up", float(self.critic_warmup.running))
 
 
-def total(policy_loss: Tensor, value_loss: Tensor | None, kl_coef: float, kl_loss: Tensor | None) -> Tensor:
-    """What is minimised: the policy's loss, the critic's where there is one, and `kl_coef · KL`."""
-    loss = policy_loss if value_loss is None else policy_loss + value_loss
+def total(policy_loss: Tensor, kl_coef: float, kl_loss: Tensor | None, *critic_losses: Tensor | None) -> Tensor:
+    """What is minimised: the policy's loss, the critic's where there are any, and `kl_coef · KL`."""
+    loss = sum((term for term in critic_losses if term is not None), start=policy_loss)
     return loss if kl_loss is None else loss + kl_coef * kl_loss
 
 

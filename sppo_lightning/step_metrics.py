@@ -38,6 +38,9 @@ def count_micro_batch(
     for name, loss in losses.items():
         if loss is not None:
             meter.add_share(name, loss, micro.share)
+    if micro.replayed is not None:
+        counted = micro.replayed.weights > 0
+        meter.add("critic/replay_age", micro.replayed.ages[counted].mean(), counted.sum())
     mask, tokens = micro.policy.mask.bool(), micro.policy.mask.sum()
     for name, value in stats.items():
         meter.add(f"policy/{name}", value, tokens)

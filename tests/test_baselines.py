@@ -28,11 +28,17 @@ EXPECTED = {  # what the article, or the paper of the algorithm, is known by
     "ppo_bce": {"advantage": "GAE", "critic": "TokenCritic", "critic_objective": "BinaryCrossEntropy"},
     "remax": {"advantage": "GreedyBaselineAdvantage", "critic": None, "samples": 1},
     "rloo": {"advantage": "LeaveOneOutAdvantage", "critic": None, "samples": 5},
+    "sppo_critic_replay": {
+        "advantage": "SequenceAdvantage",
+        "critic": "PromptCritic",
+        "critic_replay": "CriticReplay",
+    },
     "sppo_decoupled_critic": {"advantage": "SequenceAdvantage", "critic": "CharacterCritic", "samples": 1},
     "sppo_hybrid": {"advantage": "HybridAdvantage", "critic": "TokenCritic", "samples": 1},
     "sppo_off_policy": {"objective": "ImportanceWeightedObjective", "critic": "PromptCritic", "samples": 1},
     "sppo_sequence_ratio": {"objective": "SequenceClipObjective", "critic": "PromptCritic", "samples": 1},
     "sppo_sequence_ratio_length": {"objective": "SequenceClipObjective", "critic": "PromptCritic", "samples": 1},
+    "sppo_shrinkage": {"advantage": "ShrunkSequenceAdvantage", "critic": "PromptCritic", "samples": 1},
     "sppo_small_critic": {"advantage": "SequenceAdvantage", "critic": "PromptCritic", "samples": 1},
 }
 
@@ -84,7 +90,7 @@ def test_two_iterations_of_every_baseline(overlay: Path):
     config["model"]["init_args"]["mini_batch_size"] = PROMPTS // 2 * samples
     cli = command_line(["--config", yaml.safe_dump(config)], run=False)
     module = cli.model
-    for name in ("advantage", "objective", "critic", "critic_objective"):
+    for name in ("advantage", "objective", "critic", "critic_objective", "critic_replay"):
         if name in known:
             part = getattr(module, name)
             assert (None if part is None else type(part).__name__) == known[name]

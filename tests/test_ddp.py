@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import make_chain_policy, make_chain_sppo, make_trainer
 
 from sppo_lightning import SFTModule
@@ -14,6 +15,8 @@ from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import RolloutGeneration, Verifier
 from sppo_lightning.data import ChainTask, PromptDataModule, PromptSource
 from sppo_lightning.engines import Sampling
+from sppo_lightning.replay import CriticReplay
+from sppo_lightning.shrinkage import ShrunkSequenceAdvantage
 
 
 class Given(PromptSource):
@@ -42,9 +45,11 @@ class Parity(Verifier):
         ]
 
 
-def run(devices: int, silent: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def run(
+    devices: int, silent: int = 0, folder: Path | None = None, max_steps: int = 4, **settings: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     seed_everything(5, verbose=False)
-    module = make_chain_sppo(1e-3, micro_batch_tokens=24)
+    module = make_chain_sppo(1e-3, micro_batch_tokens=24, **settings)
     data = PromptDataModule(
         train=ChainTask({"1-3": 1.0}, size=24),
         validation={"few": ChainTask({"1-3": 1.0}, size=3, split="validation")},
@@ -52,17 +57,20 @@ def run(devices: int, silent: int = 0) -> tuple[dict[str, torch.Tensor], dict[st
         validation_batch_size=2,
         shuffle=False,
     )
-    settings: dict[str, Any] = {"strategy": "ddp_fork"} if devices > 1 else {}
+    strategy: dict[str, Any] = {"strategy": "ddp_fork"} if devices > 1 else {}
+    saved = [] if folder is None else [ModelCheckpoint(folder, f"{devices}", every_n_train_steps=max_steps)]
     trainer = make_trainer(
         RolloutGeneration(Sampling(max_new_tokens=8), validation=Sampling(max_new_tokens=8, samples_per_prompt=3)),
         Parity(silent),
+        *saved,
         devices=devices,
-        max_steps=4,
+        max_steps=max_steps,
         max_epochs=-1,
         val_check_interval=2,
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
-        **settings,
+        enable_checkpointing=bool(saved),
+        **strategy,
     )
     seed_everything(5, verbose=False)
     module.configure_model()  # before the fork, so that this process has the weights to receive the result
@@ -82,6 +90,32 @@ def test_two_processes_do_what_one_does(silent: int) -> None:
     assert {"policy/loss", "critic/loss", "policy/grad_norm", "val/few/avg@3"} <= set(compared)
     for name in compared:
         assert same[name] == pytest.approx(metrics[name], abs=2e-6), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("silent", [0, 2], ids=["all judged", "one rank without verdicts"])
+def test_two_processes_remember_what_one_does(tmp_path: Path, silent: int) -> None:
+    found = {}
+    for devices in (1, 2):
+        advantage = ShrunkSequenceAdvantage()
+        replay = CriticReplay(ratio=100.0, half_life_iterations=2.0)  # all that is stored is seen, so draws agree
+        settings: dict[str, Any] = {"advantage": advantage, "critic_replay": replay}
+        found[devices] = run(devices, silent, tmp_path, 8, **settings)  # the fourth iteration visits again
+    (one, metrics), (two, same) = found[1], found[2]
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0.0, msg=lambda m, n=name: f"{n}: {m}")
+    for name in metrics:
+        if name.split("/")[0] in ("policy", "critic", "advantage"):
+            assert same[name] == pytest.approx(metrics[name], abs=5e-6), name
+    assert 0 < metrics["critic/shrinkage_weight"] < 1
+    assert metrics["critic/replay_age"] == 2.0  # of iterations 1, 2 and 3 in the fourth
+    first, second = (torch.load(tmp_path / f"{devices}.ckpt", weights_only=True) for devices in (1, 2))
+    records = [sorted(checkpoint["advantage"]["records"]) for checkpoint in (first, second)]
+    assert len(records[0]) == (12 if silent else 24)
+    assert [r[:2] for r in records[0]] == [r[:2] for r in records[1]]
+    assert [r[2:] for r in records[0]] == [pytest.approx(r[2:]) for r in records[1]]
+    rows = [[prompt["row"] % 2 for prompt, *_ in part] for part in second["critic_replay"]["stored"]]
+    assert rows == [[0] * 16, [] if silent else [1] * 16]
 
 
 class RecordingSFT(SFTModule):

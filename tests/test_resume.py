@@ -1,6 +1,7 @@
 """A run that is cut and resumed ends with the weights of the undisturbed one, bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import ExactMatch, ReferenceRefresh, RolloutGeneration, Verifier
 from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Sampling
+from sppo_lightning.replay import CriticReplay
+from sppo_lightning.shrinkage import ShrunkSequenceAdvantage
 
 
 class StopAfter(Callback):
@@ -33,11 +36,11 @@ class Brevity(Verifier):
 
 
 def run(
-    folder: Path, iterations: int, every: int | None = None, ckpt_path: str | None = None
+    folder: Path, iterations: int, every: int | None = None, ckpt_path: str | None = None, **settings: Any
 ) -> tuple[SPPOModule, Trainer]:
     """Two updates per iteration, three iterations per epoch; a checkpoint after `every` iterations."""
     seed_everything(5, verbose=False)
-    module = make_chain_sppo(1e-2, lr_schedule="linear", kl_coef=0.05)
+    module = make_chain_sppo(1e-2, lr_schedule="linear", kl_coef=0.05, **settings)
     data = PromptDataModule(train=ChainTask({"1-3": 1.0}, size=24), batch_size=8)
     callbacks = [
         RolloutGeneration(Sampling(max_new_tokens=8)),
@@ -69,6 +72,36 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, cut: int) -> None
     for index, entry in moments[0].items():
         for name, value in entry.items():
             assert torch.equal(value, moments[1][index][name]), (index, name)
+
+
+def with_memory() -> dict[str, Any]:
+    """A baseline that keeps a record of its prompts, and a critic that sees half as many stored ones again."""
+    return {
+        "advantage": ShrunkSequenceAdvantage(decay=0.5),
+        "critic_replay": CriticReplay(capacity=20, ratio=0.5, half_life_iterations=2.0),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_baseline_and_the_critic_remember_goes_on(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, 7, **with_memory())
+    run(tmp_path, 4, every=4, **with_memory())
+    # plain types, which load without the right to run code
+    checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    assert len(checkpoint["advantage"]["records"]) == 24  # every prompt of the first epoch
+    resumed, _ = run(tmp_path, 7, ckpt_path=str(tmp_path / "cut.ckpt"), **with_memory())
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert vars(whole.advantage) == vars(resumed.advantage)
+    assert whole.critic_replay is not None
+    assert resumed.critic_replay is not None
+    assert vars(whole.critic_replay) == vars(resumed.critic_replay)
+    assert (whole.critic_replay.iteration, len(whole.critic_replay.stored)) == (7, 20)
+    for forgotten in ("advantage", "critic_replay"):  # each of them matters
+        less = {name: value for name, value in checkpoint.items() if name != forgotten}
+        torch.save(less, tmp_path / "less.ckpt")
+        other, _ = run(tmp_path, 7, ckpt_path=str(tmp_path / "less.ckpt"), **with_memory())
+        assert any(not torch.equal(expected[name], value) for name, value in other.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore")
