@@ -106,6 +106,10 @@ class ActorCritic(PolicyModule):
         kept, unit = (rows.verdicts, "sequences") if outputs.ndim == 1 else (rows.mask.bool(), "tokens")
         return self.critic_objective(outputs[kept], rows.values[kept], rows.targets[kept], counts[unit])
 
+    def replayed(self, update: Experience) -> Replayed | None:
+        """What the critic sees again in the next update; None where nothing asks for it."""
+        return None if self.critic_replay is None else self.critic_replay.draw(update, self.trainer.global_step)
+
     def replayed_lengths(self, rows: Replayed | None) -> list[int]:
         """`M` numbers of tokens that the critic reads again."""
         if rows is None or self.critic is None:
@@ -147,8 +151,9 @@ class ActorCritic(PolicyModule):
         """Save what decides the future and is no tensor of a module."""
         checkpoint["reference_version"] = self.reference_version
         for name in self.with_state:
-            if getattr(self, name) is not None:
-                checkpoint[name] = getattr(self, name).state_dict()
+            state = None if getattr(self, name) is None else getattr(self, name).state_dict()
+            if state:
+                checkpoint[name] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""

@@ -110,10 +110,8 @@ class SPPOModule(ActorCritic):
         updates = [experience.rows(rows) for rows in self.mini_batch_rows(len(experience))]
         denominators = self.ratio_denominators(updates)
         for update, old_log_probs in zip(updates, denominators, strict=True):
+            replayed = self.replayed(update)
             # tokens and sequences of the whole mini-batch over all ranks: the loss does not depend on the cut
-            replayed = (
-                None if self.critic_replay is None else self.critic_replay.draw(update, self.trainer.global_step)
-            )
             counts = self.global_counts(update, replayed)
             for micro in self.micro_batches(update, replayed):
                 log_probs, entropy = self.policy(micro.policy.rollouts)

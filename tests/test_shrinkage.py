@@ -6,8 +6,10 @@ import pytest
 import torch
 from by_hand import CASES, ByHand, assert_equal, run
 from given import outcomes
+from tiny import make_chain_sppo
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.replay import CriticReplay
 from sppo_lightning.shrinkage import ShrunkSequenceAdvantage
 
 HALF = 0.0  # the logit of V = 1/2
@@ -61,6 +63,14 @@ def test_state_goes_through_a_checkpoint():
     second.load_state_dict(first.state_dict())
     assert vars(second) == vars(first)
     assert second.weight != 1.0
+
+
+def test_a_run_of_plain_sppo_can_go_on_with_it():
+    checkpoint: dict[str, Any] = {}
+    make_chain_sppo(1e-2).on_save_checkpoint(checkpoint)
+    module = make_chain_sppo(1e-2, advantage=ShrunkSequenceAdvantage(), critic_replay=CriticReplay())
+    module.on_load_checkpoint(checkpoint)
+    assert vars(module.advantage) == vars(ShrunkSequenceAdvantage())
 
 
 class Known(ShrunkSequenceAdvantage):
