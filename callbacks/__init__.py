@@ -17,8 +17,8 @@ from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
     "CompletionWriter",
-    "DynamicSampling",
     "CriticCalibration",
+    "DynamicSampling",
     "ExactMatch",
     "HFExport",
     "InitialValidation",
