@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from sppo_lightning.models.adapters import save_adapter, save_merged
 
 
 class HFExport(Callback):
@@ -14,6 +17,9 @@ class HFExport(Callback):
     The critic's folder is a text classifier of how solvable a prompt is: `pipeline("text-classification", …)`
     gives the label `solvable` with the score V, for the text that the critic would read. Where transformers has
     no classifier for the family, `sppo_lightning.models.classifiers.register_classifier` must come before.
+
+    Adapters (`lora`) are merged, so that these are whole models too; the adapters alone, with the critic's value
+    head, go to the subfolder `adapter` of each, for peft.
 
     Args:
         path: Folder of the policy; the critic, where there is one, goes to its subfolder `critic`.
@@ -31,6 +37,10 @@ class HFExport(Callback):
             self._save(pl_module.critic, self.path / "critic")
         rank_zero_info(f"Saved the trained model to {self.path}")
 
-    def _save(self, owner, path: Path) -> None:
-        owner.model.save_pretrained(path)
+    def _save(self, owner: Any, path: Path) -> None:
+        if owner.lora is None:
+            owner.model.save_pretrained(path)
+        else:
+            save_merged(owner.model, path)
+            save_adapter(owner.model, path / "adapter", owner.head_weights())
         owner.tokenizer.save_pretrained(path)

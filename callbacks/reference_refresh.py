@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.models import AdapterFreePolicy
 
 
 class ReferenceRefresh(Callback):
@@ -35,10 +36,16 @@ class ReferenceRefresh(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a reference to refresh, now that the module has loaded what it uses."""
-        if getattr(pl_module, "reference", None) is None:
+        reference = getattr(pl_module, "reference", None)
+        if reference is None:
             raise InputError(
                 "`trainer.callbacks` lists ReferenceRefresh, but `model.kl_coef` is 0 and nothing else uses "
                 "a reference; raise `model.kl_coef` above 0 or remove ReferenceRefresh."
+            )
+        if isinstance(reference, AdapterFreePolicy):
+            raise InputError(
+                "`trainer.callbacks` lists ReferenceRefresh, but with `model.policy.lora` the reference is the "
+                "base model, which does not move; remove ReferenceRefresh or train without `lora`."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
@@ -57,13 +56,13 @@ class ActorCritic(PolicyModule):
         return any(getattr(callback, "needs_reference", False) for callback in callbacks)
 
     def configure_model(self) -> None:
-        """Load policy and critic, and the reference as a copy of the policy if something uses it."""
+        """Load policy and critic, and the policy's own reference if something uses it."""
         super().configure_model()
         if self.critic is not None:
             self.critic.build()
             self.critic.check_policy(self.policy)
         if self.reference is None and self.needs_reference:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.reference = self.policy.as_reference()
 
     def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
         """What is trained, by metric name, with its optimizer settings."""

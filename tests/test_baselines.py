@@ -110,3 +110,38 @@ def test_two_iterations_of_every_baseline(overlay: Path):
     assert {"policy"} <= moved <= {"policy", "critic", "reference"}
     assert ("critic" in moved) == (module.critic is not None)
     assert ("reference" in moved) == ("ReferenceRefresh" in str(config["trainer"]["callbacks"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("warm_start")
+def test_two_iterations_with_adapters_whose_reference_is_the_base_model():
+    config = small(ROOT / "configs" / "lora.yaml")
+    settings = config["model"]["init_args"]
+    settings |= {"kl_coef": 0.1, "mini_batch_size": PROMPTS // 2, "lr_schedule": "constant"}
+    settings["policy_optimizer"]["lr"] = 0.01
+    cli = command_line(["--config", yaml.safe_dump(config)], run=False)
+    module: Any = cli.model
+    assert module.policy.lora.rank == module.critic.lora.rank == 32
+    kl, bare, before = [], [], {}
+    penalty, fit_start = module.kl_loss, module.on_fit_start
+
+    def remember() -> None:
+        fit_start()
+        before.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+    def record(*args: Any) -> torch.Tensor:
+        kl.append(float(penalty(*args)))
+        return penalty(*args)
+
+    def look(*_: Any, **__: Any) -> None:
+        bare.extend(name for name, p in module.named_parameters() if "lora" not in name and p.grad is not None)
+
+    module.on_fit_start, module.kl_loss, module.on_before_optimizer_step = remember, record, look
+    cli.trainer.fit(module, cli.datamodule)
+    assert cli.trainer.global_step == len(kl) == 4
+    assert kl[0] == 0
+    assert min(kl[1:]) > 1e-6
+    moved = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    assert set(bare) == {n for n in moved if "lora" not in n} == {"critic.model.score.weight"}
+    assert {n.split(".")[0] for n in moved if "lora_B" in n} == {"policy", "critic"}
+    assert not any(name.startswith("reference") for name in module.state_dict())

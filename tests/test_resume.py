@@ -14,6 +14,7 @@ from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import ExactMatch, ReferenceRefresh, RolloutGeneration, Verifier
 from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Sampling
+from sppo_lightning.models import LoRA
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.shrinkage import ShrunkSequenceAdvantage
 
@@ -36,18 +37,24 @@ class Brevity(Verifier):
 
 
 def run(
-    folder: Path, iterations: int, every: int | None = None, ckpt_path: str | None = None, **settings: Any
+    folder: Path,
+    iterations: int,
+    every: int | None = None,
+    ckpt_path: str | None = None,
+    lora: LoRA | None = None,
+    **settings: Any,
 ) -> tuple[SPPOModule, Trainer]:
     """Two updates per iteration, three iterations per epoch; a checkpoint after `every` iterations."""
     seed_everything(5, verbose=False)
-    module = make_chain_sppo(1e-2, lr_schedule="linear", kl_coef=0.05, **settings)
+    module = make_chain_sppo(1e-2, lora, lr_schedule="linear", kl_coef=0.05, **settings)
     data = PromptDataModule(train=ChainTask({"1-3": 1.0}, size=24), batch_size=8)
-    callbacks = [
+    callbacks: list[Callback] = [
         RolloutGeneration(Sampling(max_new_tokens=8)),
         ExactMatch(extract="whole"),
         Brevity(role="shaping", weight=0.1),
-        ReferenceRefresh(every_n_updates=3, mix=0.5),
     ]
+    if lora is None:
+        callbacks.append(ReferenceRefresh(every_n_updates=3, mix=0.5))
     if every is not None:
         callbacks.append(StopAfter(iterations))
         callbacks.append(ModelCheckpoint(folder, "cut", every_n_train_steps=2 * every, save_top_k=-1))
@@ -59,14 +66,19 @@ def run(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("cut", [2, 3, 4], ids=["mid-epoch", "end of an epoch", "second epoch"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, cut: int) -> None:
-    whole, undisturbed = run(tmp_path, 7)
-    run(tmp_path, cut, every=cut)
-    resumed, trainer = run(tmp_path, 7, ckpt_path=str(tmp_path / "cut.ckpt"))
+@pytest.mark.parametrize(
+    ("cut", "lora"),
+    [(2, None), (3, None), (4, None), (2, LoRA(rank=2))],
+    ids=["mid-epoch", "end of an epoch", "second epoch", "lora"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, cut: int, lora: LoRA | None) -> None:
+    whole, undisturbed = run(tmp_path, 7, lora=lora)
+    run(tmp_path, cut, every=cut, lora=lora)
+    resumed, trainer = run(tmp_path, 7, ckpt_path=str(tmp_path / "cut.ckpt"), lora=lora)
     assert trainer.global_step == undisturbed.global_step == 14
     expected, found = whole.state_dict(), resumed.state_dict()
-    assert {name.split(".")[0] for name in expected} == {"policy", "critic", "reference"}
+    own_reference = set() if lora else {"reference"}
+    assert {name.split(".")[0] for name in expected} == {"policy", "critic"} | own_reference
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     moments = [t.optimizers[0].state_dict()["state"] for t in (undisturbed, trainer)]
     for index, entry in moments[0].items():

@@ -13,7 +13,7 @@ from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import Verifier
 from sppo_lightning.engines.engine import pack_rollouts
-from sppo_lightning.models import CausalLMPolicy, PromptCritic, TinyPolicy
+from sppo_lightning.models import CausalLMPolicy, LoRA, PromptCritic, TinyPolicy
 from sppo_lightning.models.tiny import word_tokenizer
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import Stage
@@ -109,17 +109,17 @@ def make_critic(seed: int = 1, **settings: Any) -> TinyCritic:
     return critic
 
 
-def make_chain_policy() -> TinyPolicy:
+def make_chain_policy(lora: LoRA | None = None) -> TinyPolicy:
     """A policy of one layer for the chain task, not yet built."""
-    return TinyPolicy(CHAIN_WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
+    return TinyPolicy(CHAIN_WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, lora=lora)
 
 
-def make_chain_sppo(learning_rate: float, **settings: Any) -> SPPOModule:
+def make_chain_sppo(learning_rate: float, lora: LoRA | None = None, **settings: Any) -> SPPOModule:
     """SPPO on the chain task, in mini-batches of 4."""
     rate = GroupOptimizer(lr=learning_rate)
     return SPPOModule(
-        make_chain_policy(),
-        make_critic(words=CHAIN_WORDS),
+        make_chain_policy(lora),
+        make_critic(words=CHAIN_WORDS, lora=lora),
         policy_optimizer=rate,
         critic_optimizer=rate,
         mini_batch_size=4,

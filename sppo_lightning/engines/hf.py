@@ -93,7 +93,7 @@ class HFEngine(Engine):
     def _decode(self, batch: PromptBatch, chosen: list[int], sampling: Sampling) -> _Wave:
         """Decode all samples of the prompts `chosen`, until every row has stopped or reached the limit."""
         assert self.policy is not None
-        model, device = self.policy.model.base_model, self.policy.device
+        device = self.policy.device
         eos = torch.tensor(self.policy.eos_token_ids, device=device)
         cache = DynamicCache(config=self.policy.model.config)
         wave, hidden = self._prefill(batch, chosen, sampling, cache)
@@ -101,13 +101,13 @@ class HFEngine(Engine):
         token = wave.rows  # replaced by the first step's choice before it is read
         for step in range(sampling.max_new_tokens):
             if step:
-                hidden = model(
+                hidden = self.policy.hidden(
                     input_ids=token[:, None],
                     attention_mask=wave.mask,
                     position_ids=wave.mask.sum(1, keepdim=True) - 1,
                     past_key_values=cache,
                     use_cache=True,
-                ).last_hidden_state[:, -1]
+                )[:, -1]
             token, log_prob = choose(self.policy.logits(hidden), wave.uniforms[wave.rows, step], sampling)
             wave.tokens[wave.rows, step] = token
             wave.log_probs[wave.rows, step] = log_prob
@@ -132,13 +132,13 @@ class HFEngine(Engine):
         ids = torch.tensor([[pad] * (width - len(r)) + r for r in (batch.token_ids[i] for i in chosen)])
         lengths = torch.tensor([len(batch.token_ids[i]) for i in chosen])
         mask = (torch.arange(width) >= width - lengths[:, None]).long().to(device)
-        hidden = self.policy.model.base_model(
+        hidden = self.policy.hidden(
             input_ids=ids.to(device),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        )[:, -1]
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             hidden, mask = hidden.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)

@@ -40,6 +40,10 @@ class PromptCritic(Critic):
         super().__init__(*args, **kwargs)
         self.max_prompt_tokens = max_prompt_tokens
         self.freeze_backbone = freeze_backbone
+        if freeze_backbone and self.lora is not None:
+            raise InputError(
+                f"`{self.setting}.freeze_backbone`=True leaves its `lora` nothing to adapt; set one of the two."
+            )
         self._token_ids: OrderedDict[Any, list[int]] = OrderedDict()  # by what is read, the latest last
         self._features: OrderedDict[Any, Tensor] = OrderedDict()  # [H] on the CPU, of a frozen backbone
 

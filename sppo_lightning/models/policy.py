@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.errors import InputError
+from sppo_lightning.models.adapters import adapters_off
 from sppo_lightning.models.loading import eager_attention
 from sppo_lightning.models.log_probs import selected_log_probs
 from sppo_lightning.models.pretrained import PretrainedModule
@@ -52,6 +54,16 @@ class CausalLMPolicy(PretrainedModule):
         logits = nn.functional.linear(hidden, head["weight"], head["bias"]).to(self.logits_dtype) * head["scale"]
         return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
 
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Last hidden states `[N, L, H]` of the base model for its own arguments."""
+        return self.model.base_model(**inputs).last_hidden_state
+
+    def as_reference(self) -> CausalLMPolicy:
+        """A policy that stays what this one is before training: with LoRA this one with its adapters off."""
+        if self.lora is not None:
+            return AdapterFreePolicy(self)
+        return copy.deepcopy(self).requires_grad_(False)
+
     def forward(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, both `[N, T]`, nats, zero off the mask.
 
@@ -60,7 +72,7 @@ class CausalLMPolicy(PretrainedModule):
         states that predict a response token meet the output embedding.
         """
         ids, lengths = flush_left(rollouts)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, L, H]
+        hidden = self.hidden(input_ids=ids, use_cache=False)  # [N, L, H]
         row, token = rollouts.response_mask.nonzero(as_tuple=True)  # the M response tokens
         log_probs, entropy = selected_log_probs(
             hidden[row, lengths[row] + token - 1],
@@ -77,7 +89,7 @@ class CausalLMPolicy(PretrainedModule):
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.get_output_embeddings().weight.shape[0]
         with eager_attention(self.model):
             expected = self.model(input_ids=ids, use_cache=False).logits[0]
-            ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+            ours = self.logits(self.hidden(input_ids=ids, use_cache=False)[0])
         difference, size = (ours - expected).abs().max(), expected.abs().max()
         if not difference <= 1e-2 * size:
             raise InputError(
@@ -85,6 +97,34 @@ class CausalLMPolicy(PretrainedModule):
                 f"logits in a way that CausalLMPolicy does not know (they are up to {size:.2g} and ours differ by "
                 f"up to {difference:.2g}); override CausalLMPolicy.head for it."
             )
+
+
+class AdapterFreePolicy(CausalLMPolicy):
+    """The policy with its adapters off, in the same memory: none of its weights are registered here again."""
+
+    policy: CausalLMPolicy
+
+    def __init__(self, policy: CausalLMPolicy) -> None:
+        super().__init__(policy.pretrained, policy.tokenizer_name, policy.config)
+        self.__dict__.update(policy=policy, model=policy.model, tokenizer=policy.tokenizer)
+
+    def head(self) -> dict[str, Any]:
+        """The policy's: adapters leave the output embedding alone."""
+        return self.policy.head()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The policy's, of hidden states."""
+        return self.policy.logits(hidden)
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Last hidden states of the base weights."""
+        with adapters_off(self.model):
+            return self.policy.hidden(**inputs)
+
+    def forward(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies under the base weights, through the policy's own call."""
+        with adapters_off(self.model):
+            return self.policy(rollouts)
 
 
 def flush_left(rollouts: Rollouts) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.models.adapters import LoRA, add_adapters
 from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
 
 
@@ -25,6 +26,7 @@ class PretrainedModule(nn.Module):
             left out.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         trust_remote_code: Run Python code that comes with the model.
+        lora: Train low-rank adapters, and a critic's value head, in place of all weights; needs the extra `lora`.
     """
 
     setting: ClassVar[str]  # where the configuration has this module, for errors
@@ -38,6 +40,7 @@ class PretrainedModule(nn.Module):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
@@ -46,6 +49,7 @@ class PretrainedModule(nn.Module):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
+        self.lora = lora
         self.model: Any = None  # the transformers model, once `build` has run
 
     @cached_property
@@ -76,6 +80,8 @@ class PretrainedModule(nn.Module):
         if self.gradient_checkpointing:
             recompute_layers(self.model, self.setting)
         self.prepare_head(info)
+        if self.lora is not None:
+            add_adapters(self.model, self.lora, self.setting, self.head_weights())
 
     def adapt_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config to load the model with, given its own."""

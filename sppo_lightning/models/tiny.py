@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer, Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sppo_lightning.models.adapters import LoRA
 from sppo_lightning.models.critic import PromptCritic
 from sppo_lightning.models.policy import CausalLMPolicy
 
@@ -47,6 +48,7 @@ class TinyPolicy(CausalLMPolicy):
         num_heads: Attention heads; must divide `hidden_size`.
         intermediate_size: Width of the feed-forward layers.
         max_tokens: Longest sequence, prompt and response together, in tokens.
+        lora: Train adapters in place of all weights.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TinyPolicy(CausalLMPolicy):
         num_heads: int = 4,
         intermediate_size: int = 256,
         max_tokens: int = 256,
+        lora: LoRA | None = None,
     ) -> None:
         self.words = words.split()
         super().__init__(
@@ -74,7 +77,8 @@ class TinyPolicy(CausalLMPolicy):
                 "pad_token_id": self.tokenizer.pad_token_id,
                 "bos_token_id": None,
                 "eos_token_id": self.tokenizer.eos_token_id,
-            }
+            },
+            lora=lora,
         )
 
     @cached_property
@@ -92,6 +96,7 @@ class CharacterCritic(PromptCritic):
         num_layers: Transformer blocks.
         num_heads: Attention heads; must divide `hidden_size`.
         max_tokens: Longest prompt, in characters; longer ones lose their beginning.
+        lora: Train adapters and the value head in place of all weights.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class CharacterCritic(PromptCritic):
         num_layers: int = 2,
         num_heads: int = 4,
         max_tokens: int = 256,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(
             config={
@@ -111,6 +117,7 @@ class CharacterCritic(PromptCritic):
                 "max_position_embeddings": max_tokens,
             },
             max_prompt_tokens=max_tokens,
+            lora=lora,
         )
 
     @cached_property

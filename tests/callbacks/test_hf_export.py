@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny_run import data, sppo, stages, trainer_of
-from transformers import pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import HFExport
-from sppo_lightning.models import CausalLMPolicy, PromptCritic
+from sppo_lightning.models import CausalLMPolicy, LoRA, PromptCritic
 
 TEXTS = ["a b", "c", "h g f e d", "b b b"]
 PROMPTS = [Prompt(text, "a", "words", i) for i, text in enumerate(TEXTS)]
@@ -91,3 +92,31 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path):
         loaded.build()
         same(trained, loaded, atol=1e-5)
     assert critic(PROMPTS).abs().min() > 1e-4
+
+
+def test_adapters_leave_whole_models_and_folders_of_their_own(tmp_path: Path):
+    module = sppo(tmp_path / "tokenizer", lora=LoRA(rank=2))
+    module.configure_model()
+    policy, critic = module.policy.model, module.critic.model  # type: ignore[union-attr]
+    names = {name: name.replace(".base_layer", "") for name in module.state_dict() if "lora" not in name}
+    base = {plain: module.state_dict()[name].clone() for name, plain in names.items()}
+    trainer_of([*stages()]).fit(module, data(validation=(), size=16))
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in module.parameters()]
+    ids = torch.tensor([[3, 4, 5, 6]])
+    logits, values = policy(ids).logits, critic(ids).logits
+
+    HFExport(str(tmp_path / "model")).on_fit_end(module.trainer, module)
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+    assert [parameter.requires_grad for parameter in module.parameters()] == trainable
+    assert torch.equal(policy(ids).logits, logits)
+    for auto, expected, owner, folder in (
+        (AutoModelForCausalLM, logits, "policy", tmp_path / "model"),
+        (AutoModelForSequenceClassification, values, "critic", tmp_path / "model/critic"),
+    ):
+        whole = auto.from_pretrained(folder)
+        torch.testing.assert_close(whole(ids).logits, expected, atol=1e-5, rtol=0)
+        whole.load_state_dict({n.split(".", 2)[2]: w for n, w in base.items() if n.startswith(owner)})
+        assert (whole(ids).logits - expected).abs().max() > 1e-2
+        adapted = PeftModel.from_pretrained(whole, str(folder / "adapter"))
+        torch.testing.assert_close(adapted(input_ids=ids).logits, expected, atol=1e-5, rtol=0)

@@ -6,6 +6,7 @@ from toy_pipeline import Recites, Toy, fit, loader, trainer_of
 
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.errors import InputError
+from sppo_lightning.models import LoRA, TinyPolicy
 
 
 def test_reference_refresh_follows_updates(tmp_path: Path):
@@ -24,6 +25,10 @@ def test_reference_refresh_follows_updates(tmp_path: Path):
 def test_reference_refresh_refuses_what_it_cannot_do():
     with pytest.raises(InputError, match=r"model\.kl_coef"):
         fit(ReferenceRefresh(), batches=[["a"]], module=Toy(reference=None))
+    policy = TinyPolicy("a b", hidden_size=4, num_layers=1, num_heads=1, intermediate_size=4, lora=LoRA(rank=1))
+    policy.build()
+    with pytest.raises(InputError, match=r"model\.policy\.lora.*remove ReferenceRefresh or train without"):
+        fit(ReferenceRefresh(), batches=[["a"]], module=Toy(reference=policy.as_reference()))
     with pytest.raises(InputError, match="every_n_updates"):
         ReferenceRefresh(every_n_updates=0)
     for mix in (0.0, 1.1, math.nan):

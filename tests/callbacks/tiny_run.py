@@ -11,7 +11,7 @@ from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import RolloutGeneration, Verifier
 from sppo_lightning.data import PromptDataModule, PromptSource
 from sppo_lightning.engines import Sampling
-from sppo_lightning.models import PromptCritic, TinyPolicy
+from sppo_lightning.models import LoRA, PromptCritic, TinyPolicy
 from sppo_lightning.module import SPPOModule
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.sft import SFTModule
@@ -71,24 +71,26 @@ class Recorder(Callback):
         self.validations.append({k: float(v) for k, v in metrics.items() if k.startswith("val/")})
 
 
-def policy() -> TinyPolicy:
-    return TinyPolicy(WORDS, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, max_tokens=16)
+def policy(lora: LoRA | None = None) -> TinyPolicy:
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_tokens": 16}
+    return TinyPolicy(WORDS, **sizes, lora=lora)
 
 
-def sppo(folder: Path, learning_rate: float = 0.02) -> SPPOModule:
+def sppo(folder: Path, learning_rate: float = 0.02, lora: LoRA | None = None, **settings: Any) -> SPPOModule:
     """With a critic whose tokenizer is saved in `folder`; two updates per iteration of 8 responses."""
     seed_everything(3, verbose=False)
-    made = policy()
+    made = policy(lora)
     made.tokenizer.save_pretrained(folder)
     config = {"model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     optimizer = GroupOptimizer(lr=learning_rate)
     return SPPOModule(
         made,
-        PromptCritic(tokenizer=str(folder), config=config | heads),
+        PromptCritic(tokenizer=str(folder), config=config | heads, lora=lora),
         policy_optimizer=optimizer,
         critic_optimizer=optimizer,
         mini_batch_size=4,
+        **settings,
     )
 
 
