@@ -91,9 +91,14 @@ def test_long_runs_count_in_minutes_and_supervised_ones_show_the_loss() -> None:
 
 
 def test_a_run_without_anything_still_has_a_picture() -> None:
-    draw(learning_curve([], []))
-    draw(learning_curve([{"seconds": 1.0, "reward": None, "value": None}], []))
-    draw(value_against_reward([], []))
+    for curve in ([], [{"seconds": 1.0, "reward": None, "value": None}]):
+        figure = learning_curve(curve, [])
+        assert [list(axes.get_lines()) for axes in figure.axes] == [[], []]
+        assert draw(figure).startswith(b"\x89PNG")
+    figure = value_against_reward([], [])
+    assert figure.get_suptitle() == "no response with a verdict"
+    assert [patch.get_height() for patch in figure.axes[1].patches] == [0] * 10
+    assert draw(figure).startswith(b"\x89PNG")
 
 
 def test_the_reliability_diagram_shows_each_bins_mean_and_count() -> None:
