@@ -7,7 +7,7 @@ import pickle
 import re
 import traceback
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,34 +75,38 @@ def check_checkpoint(name: str, weights_only: bool | None = None) -> None:
         return
     if path.is_dir():
         if not (path / "meta.pt").is_file():  # that of sharded weights
-            raise InputError(f"`--ckpt_path`={name} is a folder, not a checkpoint{_one_of(path, '')}.")
+            raise InputError(f"`--ckpt_path`={name} is a folder, not a checkpoint{_newest(path)}.")
     elif not path.exists():
-        raise InputError(f"`--ckpt_path`={name} does not exist{_one_of(path.parent, path.name)}.")
-    elif not _is_checkpoint(path, weights_only):
+        raise InputError(f"`--ckpt_path`={name} does not exist{_nearest(path)}.")
+    elif "pytorch-lightning_version" not in _contents(path, weights_only):
         raise InputError(
             f"`--ckpt_path`={name} is not a checkpoint of a run; give a file that ModelCheckpoint wrote, or start "
             "from a model's weights with `--model.policy.pretrained`."
         )
 
 
-def _one_of(folder: Path, name: str) -> str:
-    """`"; the nearest is …"`, or the newest where no name is given, among the checkpoints in `folder`."""
-    there = sorted(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
-    names = [file.name for file in there]
-    close = difflib.get_close_matches(name, names, n=1) if name else names[:1]
-    if not close:
-        return "; check its path"
-    return f"; the {'nearest' if name else 'newest in it'} is {there[names.index(close[0])]}"
+def _nearest(path: Path) -> str:
+    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.ckpt")], n=1)
+    return f"; the nearest is {path.parent / close[0]}" if close else "; check its path"
 
 
-def _is_checkpoint(path: Path, weights_only: bool | None) -> bool:
+def _newest(folder: Path) -> str:
+    there = sorted(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    return f"; the newest in it is {there[-1]}" if there else "; check its path"
+
+
+def _contents(path: Path, weights_only: bool | None) -> Collection[str]:
+    """The names in the file's outermost mapping; none for a file that torch did not write."""
     if not zipfile.is_zipfile(path):
-        return False
+        return ()
     try:
-        # nothing but the table of contents: a checkpoint may be larger than the memory
-        content: Any = torch.load(path, map_location="meta", mmap=True, weights_only=weights_only is not False)
-    except pickle.UnpicklingError:
-        return True  # with objects that only `--weights_only=false` loads, which Lightning will say
-    except Exception:
-        return False
-    return isinstance(content, dict) and "pytorch-lightning_version" in content
+        # without the numbers: a checkpoint may be larger than the memory
+        found: Any = torch.load(path, map_location="meta", mmap=True, weights_only=weights_only is not False)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"`--ckpt_path`={path} holds objects beside numbers and text, which may run code when they are loaded; "
+            "set `--weights_only=false` if you trust it."
+        ) from error
+    except RuntimeError:  # some other archive
+        return ()
+    return found if isinstance(found, dict) else ()

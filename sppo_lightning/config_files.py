@@ -33,7 +33,7 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         joined = _JOINED.fullmatch(word)
         if value is not None:
             names.append(value)
-        elif joined and word not in ("--config", "-c"):
+        elif joined:
             names.append(joined["name"])
         else:
             others.append(word)
@@ -127,10 +127,11 @@ def _load(text: str, name: str) -> Any:
         content = get_loader("yaml")(text)  # the parser's own, to which 1e-3 is a number
         # it hands a mapping of nothing but nulls back as text
         return yaml.safe_load(text) if isinstance(content, str) else content
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"`--config`={name} is not valid YAML{line}: {error.problem}.") from error
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(f"`--config`={name} is not valid YAML{line}: {reason}.") from error
 
 
 def _with_paths_from(folder: Path, node: Any) -> Any:

@@ -169,9 +169,15 @@ def test_a_precision_that_scales_gradients_is_refused():
     )
 
 
-def test_trainer_settings_that_say_nothing():
-    for settings in ({"gradient_clip_val": None}, {"gradient_clip_val": 0.0}, {"accumulate_grad_batches": 1}):
-        run(recites(), table(), **settings)
+@pytest.mark.parametrize(
+    "settings", [{"gradient_clip_val": None}, {"gradient_clip_val": 0.0}, {"accumulate_grad_batches": 1}]
+)
+def test_trainer_settings_that_say_nothing(settings: dict[str, Any]):
+    plain, as_usual, _ = run(recites(), table())
+    trainer, module, _ = run(recites(), table(), **settings)
+    assert trainer.global_step == plain.global_step == 1
+    for name, value in as_usual.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
 
 
 def test_a_mini_batch_size_that_does_not_divide_stops_before_the_first_response():

@@ -1,3 +1,4 @@
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ CHECKPOINTS = {
     "kept": "`--ckpt_path`=kept is a folder, not a checkpoint; the newest in it is kept/last.ckpt.",
     "text.ckpt": f"`--ckpt_path`=text.ckpt {IS_NONE}",
     "weights.ckpt": f"`--ckpt_path`=weights.ckpt {IS_NONE}",
+    "objects.ckpt": "`--ckpt_path`=objects.ckpt holds objects beside numbers and text, which may run code when they are loaded; "
+    "set `--weights_only=false` if you trust it.",
+    "archive.ckpt": f"`--ckpt_path`=archive.ckpt {IS_NONE}",
     "best": 'Lightning refuses this run: `.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not configured.',
 }
 
@@ -76,6 +80,9 @@ def test_a_checkpoint_that_is_none(refused: Callable[..., str], path: str):
     for name in ("kept/last.ckpt", "text.ckpt"):
         Path(name).write_text("weights")
     torch.save({"layer.weight": torch.zeros(2)}, "weights.ckpt")
+    torch.save({"pytorch-lightning_version": "2.6", "folder": Path()}, "objects.ckpt")
+    with zipfile.ZipFile("archive.ckpt", "w") as archive:
+        archive.writestr("a.txt", "text")
     assert refused(arguments=(f"--ckpt_path={path}",)) == CHECKPOINTS[path]
 
 
