@@ -78,42 +78,7 @@ def test_runs_of_many_hours_count_in_hours() -> None:
 
 
 def test_a_run_without_anything_still_has_a_picture() -> None:
-<<<<<<< HEAD:tests/figures/test_learning.py
-    draw(learning_curve([], []))
-    draw(learning_curve([{"seconds": 1.0, "reward": None, "value": None}], []))
-=======
     for curve in ([], [{"seconds": 1.0, "reward": None, "value": None}]):
         figure = learning_curve(curve, [])
         assert [list(axes.get_lines()) for axes in figure.axes] == [[], []]
         assert draw(figure).startswith(b"\x89PNG")
-    figure = value_against_reward([], [])
-    assert figure.get_suptitle() == "no response with a verdict"
-    assert [patch.get_height() for patch in figure.axes[1].patches] == [0] * 10
-    assert draw(figure).startswith(b"\x89PNG")
-
-
-def test_the_reliability_diagram_shows_each_bins_mean_and_count() -> None:
-    values = [0.11, 0.15, 0.19, 0.15, 0.85, 0.85, 1.0, 0.5]
-    rewards = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, math.nan]
-    figure = value_against_reward(values, rewards)
-    main, above, right = figure.axes
-    means = [tuple(float(v[0]) for v in bar.lines[0].get_data()) for bar in main.containers]
-    assert means == [pytest.approx((0.15, 0.25)), pytest.approx((0.85, 0.5)), pytest.approx((1.0, 1.0))]
-    assert [text.get_text() for text in main.texts] == ["4", "2", "1"]
-    # the standard error of 0, 0, 1, 0 is √(3/16) / √4
-    [[low, high]] = [segment[:, 1] for segment in main.containers[0].lines[2][0].get_segments()]
-    assert (low, high) == pytest.approx((0.25 - math.sqrt(3) / 8, 0.25 + math.sqrt(3) / 8))
-    assert [patch.get_height() for patch in above.patches] == [0, 4, 0, 0, 0, 0, 0, 0, 2, 1]
-    assert [patch.get_width() for patch in right.patches] == [4, 0, 0, 0, 0, 0, 0, 0, 0, 3]
-    known = np.array([values[:7], rewards[:7]])
-    brier = np.mean((known[0] - known[1]) ** 2)
-    title = f"7 responses    Brier score {brier:.3f}    Pearson {np.corrcoef(known)[0, 1]:.2f}"
-    assert figure.get_suptitle() == title
-    draw(figure)
-
-
-def test_a_critic_that_says_the_same_of_all_has_no_correlation() -> None:
-    figure = value_against_reward([0.5] * 4, [0.0, 1.0, 1.0, 1.0])
-    assert figure.get_suptitle() == "4 responses    Brier score 0.250"
-    draw(figure)
->>>>>>> leftovers:tests/test_figures.py
