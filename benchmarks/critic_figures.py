@@ -1,7 +1,7 @@
 """Two of the paper's figures in miniature, from runs of the race.
 
-The tail effect (Figure 1): what a token-level critic says, V(s_t), along correct and wrong responses. And V of SPPO's
-critic against the pass rate of held-out prompts at 64 samples (Figure 7), as a reliability diagram.
+The tail effect (Figure 1): what a token-level critic says, V(s_t), along correct and wrong responses. And V of the
+prompt critic against the pass rate of held-out prompts at 64 samples (Figure 7), as a reliability diagram.
 """
 
 from __future__ import annotations
