@@ -79,13 +79,13 @@ def test_the_batch_mean_is_of_the_rows_with_a_verdict():
 
 
 def test_the_batch_mean_is_of_all_ranks():
-    # (1 + 0 + 0 + 1) / 4; the last rank has no verdict
-    shares: list[list[float | None]] = [[1.0, None, 0.0], [0.0, 1.0], [None]]
+    # (1 + 0 + 1 + 1) / 4; the last rank has no verdict
+    shares: list[list[float | None]] = [[1.0, None, 0.0], [1.0, 1.0], [None]]
     made = on_ranks(
         *(lambda total, r=rewards: BatchMeanAdvantage()(outcomes(r, sum_over_ranks=total)) for rewards in shares)
     )
-    assert_close(made[0][[0, 2]], [0.5, -0.5])
-    assert_close(made[1], [-0.5, 0.5])
+    assert_close(made[0][[0, 2]], [0.25, -0.75])
+    assert_close(made[1], [0.25, 0.25])
     assert made[2].isfinite().all()
 
 

@@ -45,13 +45,12 @@ def gae(
 
     Source: GAE, arXiv 1506.02438, equation 16.
     """
-    kept, dtype = mask.bool(), torch.promote_types(token_rewards.dtype, token_values.dtype)
-    rewards, values = keep(token_rewards, mask).to(dtype), keep(token_values, mask).to(dtype)
+    kept, rewards, values = mask.bool(), keep(token_rewards, mask), keep(token_values, mask)
     next_return = next_value = values.new_zeros(len(values))
     columns: list[Tensor] = []
     for t in reversed(range(values.shape[1])):
-        expected = torch.lerp(next_value, next_return, lam)  # exact at λ = 0 and 1, and between the two elsewhere
-        next_return = torch.where(kept[:, t], rewards[:, t] + gamma * expected, next_return)
+        ahead = (1 - lam) * next_value + lam * next_return
+        next_return = torch.where(kept[:, t], rewards[:, t] + gamma * ahead, next_return)
         next_value = torch.where(kept[:, t], values[:, t], next_value)
         columns.append(next_return)
     returns = keep(torch.stack(columns[::-1], dim=1), mask) if columns else torch.zeros_like(values)
