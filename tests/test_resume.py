@@ -55,10 +55,17 @@ def run(
     return module, trainer
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[SPPOModule, Trainer]:
+    return run(tmp_path_factory.mktemp("whole"), 7)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cut", [2, 3, 4], ids=["mid-epoch", "end of an epoch", "second epoch"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, cut: int) -> None:
-    whole, undisturbed = run(tmp_path, 7)
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, cut: int, whole_run: tuple[SPPOModule, Trainer]
+) -> None:
+    whole, undisturbed = whole_run
     run(tmp_path, cut, every=cut)
     resumed, trainer = run(tmp_path, 7, ckpt_path=str(tmp_path / "cut.ckpt"))
     assert trainer.global_step == undisturbed.global_step == 14
