@@ -107,7 +107,7 @@ class Run:
                     {"class_path": "sppo_lightning.callbacks.HFExport", "init_args": {"path": "model"}},
                     {
                         "class_path": "timed.TimedValidation",
-                        "init_args": {"seconds": self.seconds, "every_seconds": self.seconds / 10},
+                        "init_args": {"seconds": self.seconds, "every_seconds": self.seconds / 7},
                     },
                 ],
             },

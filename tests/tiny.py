@@ -13,7 +13,7 @@ from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import Verifier
 from sppo_lightning.engines.engine import pack_rollouts
-from sppo_lightning.models import CausalLMPolicy, LoRA, PromptCritic, TinyPolicy
+from sppo_lightning.models import CausalLMPolicy, LoRA, PromptCritic, TinyPolicy, TokenCritic
 from sppo_lightning.models.tiny import word_tokenizer
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import Stage
@@ -100,6 +100,30 @@ def make_policy(seed: int = 0, **settings: Any) -> TinyPolicy:
     for parameter in policy.parameters():
         parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
     return policy
+
+
+class TinyTokenCritic(TokenCritic):
+    """A critic that reads the policy's tokens, with a value head that is drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__(config=CRITIC_CONFIG)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return word_tokenizer(WORDS.split())
+
+    def build(self) -> None:
+        fresh = self.model is None
+        super().build()
+        if fresh:
+            torch.nn.init.normal_(self.value_head.weight)
+
+
+def make_token_critic(seed: int = 1) -> TinyTokenCritic:
+    torch.manual_seed(seed)
+    critic = TinyTokenCritic()
+    critic.build()
+    return critic
 
 
 def make_critic(seed: int = 1, **settings: Any) -> TinyCritic:
