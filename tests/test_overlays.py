@@ -123,3 +123,11 @@ def test_the_later_file_wins(capsys: pytest.CaptureFixture[str]):
     settings = yaml.safe_load(printed(capsys, "fit", "-c", "overlay.yaml", "-c", "config.yaml"))
     assert settings["model"]["init_args"]["critic"]["class_path"] == "sppo_lightning.models.PromptCritic"
     assert settings["model"]["init_args"]["mini_batch_size"] == 6
+
+
+def test_files_without_a_command_ask_for_one(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--config", "config.yaml"])
+    assert capsys.readouterr().err == (
+        "error: Say which of fit, validate, test, predict to run, as in `python -m sppo_lightning fit --config …`.\n"
+    )
