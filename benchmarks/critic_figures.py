@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
-from sppo_lightning.calibration import critic_metrics, pearson, reliability_bins, spearman
+from sppo_lightning.calibration import critic_metrics, pearson, spearman
 from sppo_lightning.data import ChainTask
 from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.figures import calibration_figure, tail_effect_figure
@@ -78,9 +78,7 @@ def foresight(run: Path, prompts: int, samples: int) -> tuple[Figure, dict[str, 
     rates = right.reshape(prompts, samples).float().mean(1)
     numbers = {"pearson": pearson(values, rates), "spearman": spearman(values, rates), "prompts": prompts}
     numbers |= {name: float(value) for name, value in critic_metrics(values, rates).items()}
-    figure = calibration_figure(
-        values.numpy(), rates.numpy(), reliability_bins(values, rates, 10), title=f"V against Avg@{samples}"
-    )
+    figure = calibration_figure(values.numpy(), rates.numpy(), title=f"V against Avg@{samples}")
     return figure, numbers
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.errors import InputError
-from sppo_lightning.models import AdapterFreePolicy
+from sppo_lightning.models.policy import AdapterFreePolicy
 
 
 class ReferenceRefresh(Callback):

@@ -180,7 +180,11 @@ class Outcomes:
     @property
     def penalized_rewards(self) -> Tensor:
         """`[N]`: `R` minus the response's penalties."""
-        return self.rewards if self.penalties is None else self.rewards - torch.where(self.mask.bool(), self.penalties, 0.0).sum(1)
+        return (
+            self.rewards
+            if self.penalties is None
+            else self.rewards - torch.where(self.mask.bool(), self.penalties, 0.0).sum(1)
+        )
 
 
 @dataclass

@@ -40,6 +40,19 @@ class Parser(LightningArgumentParser):
 class SPPOCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` with any module, data module and callbacks."""
 
+    def __init__(self, *components: Any, **settings: Any) -> None:
+        words = sys.argv[1:] if settings.get("args") is None else settings["args"]
+        self.arguments = list(map(str, words)) if isinstance(words, list | tuple) else None
+        super().__init__(*components, **settings)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """The command's parser, without its settings where another command is asked for: they take time to add."""
+        asked = self.subcommands().keys() & set(self.arguments or ())
+        if not asked or subcommand in asked:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings that belong to the process and not to a component."""
         parser.add_argument(
@@ -52,22 +65,22 @@ class SPPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the config files as one, and the settings of the command line on top of it."""
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list | tuple):
-            self.config = parser.parse_args(self._with_one_config(words))
-        else:
+        if self.arguments is None:
             super().parse_arguments(parser, args)
+        else:
+            self.config = parser.parse_args(self._with_one_config(self.arguments))
 
-    def _with_one_config(self, arguments: Sequence[Any]) -> list[str]:
+    def _with_one_config(self, arguments: Sequence[str]) -> list[str]:
         """The arguments with their config files merged into one, as text, before all settings."""
-        names, others = split_arguments(map(str, arguments))
-        if not names:
-            return others
+        names, others = split_arguments(arguments)
         commands: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
         command = next((word for word in others if word in commands), None)
-        config = with_unknown_as_null(merge(map(read, names)), options_of(commands.get(str(command), self.parser)))
+        if not names or (commands and command is None):
+            return others
+        parser = self.parser if command is None else commands[command]
+        config = as_text(with_unknown_as_null(merge(map(read, names)), options_of(parser)))
         place = 0 if command is None else others.index(command) + 1
-        return [*others[:place], f"--config={as_text(config)}", *others[place:]]
+        return [*others[:place], f"--config={config}", *others[place:]]
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint; the hyperparameters that are looked for in it otherwise are never saved."""

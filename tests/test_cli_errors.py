@@ -164,7 +164,7 @@ def test_an_unknown_key_and_the_nearest(refused: Callable[..., str], path: list[
             [*MODEL, "advantage"],
             "sppo_lightning.advantages.Advantage",
             "`class_path`=sppo_lightning.advantages.Advantage in `model.advantage` is a base class alone; use one of its "
-            "subclasses, such as sppo_lightning.advantages.SequenceAdvantage.",
+            "subclasses, such as sppo_lightning.advantages.GroupAdvantage.",
         ),
         (
             [*CALLBACKS, 1],
@@ -245,8 +245,8 @@ def test_a_required_setting_that_is_missing(refused: Callable[..., str], path: l
         (
             [*MODEL, "critic"],
             None,
-            "`advantage`=SequenceAdvantage needs a critic; set `model.critic`, for instance to "
-            "sppo_lightning.models.PromptCritic.",
+            "`advantage`=SequenceAdvantage needs a critic; set `model.critic` to sppo_lightning.models.PromptCritic, "
+            "which reads the prompt alone.",
         ),
         (["threads"], 0, "`threads`=0 leaves no thread to compute with; use 1 or more."),
     ],

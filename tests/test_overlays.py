@@ -11,7 +11,7 @@ from tiny_config import write_files
 from torch import Tensor
 
 from sppo_lightning.advantages import Advantage
-from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
+from sppo_lightning.batch import Outcomes, Prompt, PromptBatch
 from sppo_lightning.callbacks import Verifier
 from sppo_lightning.cli import command_line, main
 
@@ -34,8 +34,8 @@ trainer:
 class RewardAlone(Advantage):
     """`A = R`, without a critic."""
 
-    def __call__(self, rollouts: Rollouts, rewards: Tensor, values: Tensor | None) -> Tensor:
-        return rewards
+    def __call__(self, outcomes: Outcomes) -> Tensor:
+        return outcomes.rewards
 
 
 class Half(Verifier):
@@ -123,3 +123,11 @@ def test_the_later_file_wins(capsys: pytest.CaptureFixture[str]):
     settings = yaml.safe_load(printed(capsys, "fit", "-c", "overlay.yaml", "-c", "config.yaml"))
     assert settings["model"]["init_args"]["critic"]["class_path"] == "sppo_lightning.models.PromptCritic"
     assert settings["model"]["init_args"]["mini_batch_size"] == 6
+
+
+def test_files_without_a_command_ask_for_one(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--config", "config.yaml"])
+    assert capsys.readouterr().err == (
+        "error: Say which of fit, validate, test, predict to run, as in `python -m sppo_lightning fit --config …`.\n"
+    )

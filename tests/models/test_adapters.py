@@ -12,8 +12,9 @@ from tiny import WORDS, family_config, make_batch, make_critic, make_policy
 from sppo_lightning.batch import Prompt
 from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.errors import InputError
-from sppo_lightning.models import AdapterFreePolicy, CausalLMPolicy, LoRA
+from sppo_lightning.models import CausalLMPolicy, LoRA
 from sppo_lightning.models.adapters import adapters_off, merged_weights
+from sppo_lightning.models.policy import AdapterFreePolicy
 from sppo_lightning.models.tiny import word_tokenizer
 
 SCALE = 3.0  # alpha / rank

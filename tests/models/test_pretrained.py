@@ -16,15 +16,19 @@ SHARED = {
     "attn_implementation": (None, "Attention of transformers"),
     "gradient_checkpointing": (False, "Recompute activations in the backward pass"),
     "trust_remote_code": (False, "Run Python code that comes with the model"),
+    "lora": (None, "Train low-rank adapters"),
 }
-OWN = {"max_prompt_tokens": (2048, "Longer prompts lose their beginning")}
+OWN = {
+    "max_prompt_tokens": (2048, "Longer prompts lose their beginning"),
+    "freeze_backbone": (False, "Train the value head alone"),
+}
 
 
 @pytest.mark.parametrize(("component", "settings"), [(CausalLMPolicy, SHARED), (PromptCritic, SHARED | OWN)])
 def test_the_command_line_has_every_setting_with_its_help(component: type, settings: dict[str, tuple[object, str]]):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(component)
-    found = {action.dest: action for action in parser._actions if action.dest != "help"}
+    found = {action.dest: action for action in parser._actions if not action.dest.endswith("help")}
     assert {name: action.default for name, action in found.items()} == {
         n: value for n, (value, _) in settings.items()
     }
