@@ -22,11 +22,11 @@ quickstart: install
 
 test: install
 	@echo "==> tests"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2
 
 slow: install
 	@echo "==> slow tests"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2
 
 lint: install
 	$(RUN) -m ruff check .

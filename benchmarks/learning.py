@@ -39,6 +39,7 @@ class Method:
     overlay: str | None
     samples: int = 1
     sampled: int | None = None  # per prompt, the greedy one included
+    lr_of: str | None = None  # the method whose learning rate it takes, where it is a variant of it
 
     @property
     def responses(self) -> int:
@@ -55,6 +56,8 @@ METHODS = [
     Method("ReMax", "remax", 1, 2),
     Method("PPO", "ppo"),
     Method("PPO, BCE", "ppo_bce"),
+    Method("SPPO, shrinkage", "sppo_shrinkage", lr_of="SPPO"),
+    Method("SPPO, replay", "sppo_critic_replay", lr_of="SPPO"),
 ]
 
 
@@ -173,12 +176,23 @@ def main() -> None:
 
     side_by_side(lambda seed: warm_start(folder / "warm_starts", seed), [SCAN_SEED, *seeds])
     pairs = [(m, p) for m in chosen for p in ("prompts", "samples") if m.responses > 1 or p == "prompts"]
-    scan = {pair: [Run(*pair, lr, SCAN_SEED, arguments.scan_seconds) for lr in LEARNING_RATES] for pair in pairs}
+    scan = {
+        pair: [Run(*pair, lr, SCAN_SEED, arguments.scan_seconds) for lr in LEARNING_RATES]
+        for pair in pairs
+        if pair[0].lr_of is None
+    }
     side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
-    raced = {}
-    for pair, runs in scan.items():
-        best = max(runs, key=lambda run: report.scan_score(folder / run.folder))
-        raced[pair] = [Run(*pair, best.lr, seed, arguments.seconds) for seed in seeds]
+    best = {
+        (method.name, protocol): max(runs, key=lambda run: report.scan_score(folder / run.folder)).lr
+        for (method, protocol), runs in scan.items()
+    }
+    raced = {
+        (method, protocol): [
+            Run(method, protocol, best[method.lr_of or method.name, protocol], seed, arguments.seconds)
+            for seed in seeds
+        ]
+        for method, protocol in pairs
+    }
     # seed by seed, so that what disturbs the machine for a while disturbs all methods
     side_by_side(lambda run: race(run, folder), [runs[i] for i in range(len(seeds)) for runs in raced.values()])
     report.write(
