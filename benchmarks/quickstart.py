@@ -38,16 +38,17 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         sys.exit(process.returncode)
 
 
-def run(folder: Path, seed: int, seconds: int) -> dict[str, Any]:
+def run(folder: Path, seed: int, seconds: int, flawless: bool) -> dict[str, Any]:
     """Warm start, SPPO and control with one seed; writes summary.json and learning_curve.png."""
+    solutions = ["--config", "{data: {init_args: {train: {init_args: {slips: {3: 0.0}}}}}}"] if flawless else []
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "runs" / "quickstart" if folder != Path() else Path("runs/quickstart")
     shutil.rmtree(results, ignore_errors=True)
     begin = time.perf_counter()
-    finish(start("sft.yaml", folder, f"--seed_everything={seed}"))
+    finish(start("sft.yaml", folder, f"--seed_everything={seed}", *solutions))
     limit = f"--trainer.max_time=00:00:{seconds // 60:02d}:{seconds % 60:02d}"
     # side by side, one thread each: both have the same time on the same machine
-    control = start("control.yaml", folder, f"--seed_everything={seed}", limit)
+    control = start("control.yaml", folder, f"--seed_everything={seed}", limit, *solutions)
     finish(start("sppo.yaml", folder, f"--seed_everything={seed}", limit))
     finish(control)
     return combine(results, time.perf_counter() - begin)
@@ -118,14 +119,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many runs, with seeds 1, 2, …")
     parser.add_argument("--seconds", type=int, default=120, help="time of SPPO, and of its control")
+    parser.add_argument("--flawless", action="store_true", help="worked solutions without the pupil's mistakes")
     parser.add_argument("--short", action="store_true", help="20 seconds of SPPO: a check, not a result")
     arguments = parser.parse_args()
     seconds = 20 if arguments.short else arguments.seconds
     if arguments.seeds == 1:
-        show(run(Path(), 1, seconds), Path("runs/quickstart"))
+        show(run(Path(), 1, seconds, arguments.flawless), Path("runs/quickstart"))
         return
-    folder = Path("runs/quickstart_seeds")
-    summaries = [run(folder / str(seed), seed, seconds) for seed in range(1, arguments.seeds + 1)]
+    folder = Path("runs/quickstart_seeds_flawless" if arguments.flawless else "runs/quickstart_seeds")
+    seeds = range(1, arguments.seeds + 1)
+    summaries = [run(folder / str(seed), seed, seconds, arguments.flawless) for seed in seeds]
     show_seeds(summaries, folder / "summary.json")
 
 
