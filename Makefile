@@ -10,8 +10,8 @@ export PIP_REQUIRE_VIRTUALENV = 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   install, warm-start a tiny model, improve it with SPPO, show the result (about 6 minutes)"
-	@echo "make test         install and run the tests (about 4 minutes)"
+	@echo "make quickstart   install, warm-start a tiny model, improve it with SPPO, show the result (about 7 minutes)"
+	@echo "make test         install and run the tests (about 5 minutes)"
 	@echo "make slow         the tests that take longer"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and the source archive into dist/"
