@@ -90,9 +90,7 @@ class ActorCritic(PolicyModule):
         if self.critic is None:
             return None, None
         groups = micro_batches(self.critic.lengths(rollouts), self.micro_batch_tokens)
-        outputs = torch.cat([self.critic.outputs(rollouts.rows(group)) for group in groups])
-        order = torch.tensor([i for group in groups for i in group], device=outputs.device)
-        outputs = outputs[order.argsort()]
+        outputs = _in_order([self.critic.outputs(rollouts.rows(group)) for group in groups], groups)
         return (outputs, None) if outputs.ndim == 1 else (None, self.critic_objective.predict(outputs))
 
     def value_loss(self, rows: Experience, counts: dict[str, Tensor]) -> Tensor | None:
@@ -135,8 +133,7 @@ class ActorCritic(PolicyModule):
             self.critic.prompt_outputs([batch.prompts[i] for i in g], [batch.token_ids[i] for i in g])
             for g in groups
         ]
-        order = torch.tensor([i for group in groups for i in group], device=self.device)
-        return self.critic_objective.predict(torch.cat(parts))[order.argsort()]
+        return self.critic_objective.predict(_in_order(parts, groups))
 
     @torch.no_grad()
     def refresh_reference(self, mix: float = 1.0) -> None:
@@ -160,3 +157,10 @@ class ActorCritic(PolicyModule):
         for name in self.with_state:
             if getattr(self, name) is not None and name in checkpoint:
                 getattr(self, name).load_state_dict(checkpoint[name])
+
+
+def _in_order(parts: list[Tensor], groups: list[list[int]]) -> Tensor:
+    """The rows of `parts`, which were computed group by group, in the order of their positions."""
+    rows = torch.cat(parts)
+    order = torch.tensor([i for group in groups for i in group], device=rows.device)
+    return rows[order.argsort()]

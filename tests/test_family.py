@@ -100,9 +100,6 @@ def test_token_level_ppo_does_not_depend_on_the_cut(micro_batch_tokens: int):
 class Sees(RecordingSPPO):
     """Keeps the prompts of each row that the policy's forward with gradient reads."""
 
-    def accumulate(self, loss: Tensor, last: bool) -> None:
-        super().accumulate(loss, last)
-
     def micro_batches(self, *args: Any) -> Any:
         for micro in super().micro_batches(*args):
             self.seen += [p.text for p in micro.policy.rollouts.prompts] if micro.policy.verdicts.any() else []

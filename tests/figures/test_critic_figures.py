@@ -78,10 +78,13 @@ def test_a_critic_that_says_the_same_of_all_has_no_correlation() -> None:
 
 
 def test_nothing_to_draw_is_drawn_too() -> None:
-    draw(value_against_reward([], []))
-    draw(value_against_reward([0.5], [math.nan]))
-    draw(calibration_figure([0.5], [1.0]))
-    draw(tail_effect_figure([], np.zeros((0, 4))))
+    for figure in (
+        value_against_reward([], []),
+        value_against_reward([0.5], [math.nan]),
+        calibration_figure([0.5], [1.0]),
+        tail_effect_figure([], np.zeros((0, 4))),
+    ):
+        assert draw(figure).startswith(b"\x89PNG")
 
 
 def test_values_along_the_response_have_a_mean_and_a_band() -> None:
