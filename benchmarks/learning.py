@@ -2,8 +2,9 @@
 
 Two protocols. `prompts` is the paper's: every method sees the same prompts per iteration, so GRPO samples eight
 times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
-for every method with the same budget, on a warm start that is not raced. Finished runs are kept: started again, the
-script goes on where it was.
+with four runs for every method, of the policy alone or, where there is a critic, of both, on a warm start that is
+not raced. The rest of the family follows with one run each, at the rates of the nearest racer. Finished runs are
+kept: started again, the script goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from sppo_lightning.config_files import merge, read
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART, BASELINES = ROOT / "configs" / "quickstart", ROOT / "configs" / "baselines"
-PROMPTS, UPDATES = 256, 2  # per iteration, of the quickstart's config
-LEARNING_RATES = (1e-4, 3e-4, 6e-4)
+PROMPTS, UPDATES = 128, 2  # per iteration
+# of the policy and of the critic: as many pairs for a method with a critic as for one without
+RATES_ALONE = ((1.5e-4, None), (3e-4, None), (6e-4, None), (1.2e-3, None))
+RATES_OF_BOTH = ((3e-4, 1e-3), (3e-4, 3e-3), (6e-4, 1e-3), (6e-4, 3e-3))
 SCAN_SEED = 100  # of the warm start on which learning rates are chosen
 
 
@@ -39,7 +42,8 @@ class Method:
     overlay: str | None
     samples: int = 1
     sampled: int | None = None  # per prompt, the greedy one included
-    lr_of: str | None = None  # the method whose learning rate it takes, where it is a variant of it
+    critic: bool = False
+    lr_of: str | None = None  # the method whose learning rates it takes, where it is a variant of it
 
     @property
     def responses(self) -> int:
@@ -48,16 +52,27 @@ class Method:
 
 
 METHODS = [
-    Method("SPPO", None),
-    Method("SPPO, small critic", "sppo_small_critic"),
+    Method("SPPO", None, critic=True),
+    Method("SPPO, small critic", "sppo_small_critic", critic=True),
     Method("batch mean", "batch_mean"),
     Method("GRPO", "grpo", 8),
     Method("RLOO", "rloo", 5),
     Method("ReMax", "remax", 1, 2),
-    Method("PPO", "ppo"),
-    Method("PPO, BCE", "ppo_bce"),
-    Method("SPPO, shrinkage", "sppo_shrinkage", lr_of="SPPO"),
-    Method("SPPO, replay", "sppo_critic_replay", lr_of="SPPO"),
+    Method("PPO", "ppo", critic=True),
+    Method("PPO, BCE", "ppo_bce", critic=True),
+    Method("SPPO, shrinkage", "sppo_shrinkage", critic=True, lr_of="SPPO"),
+    Method("SPPO, replay", "sppo_critic_replay", critic=True, lr_of="SPPO"),
+]
+FAMILY = [  # one run each, in the protocol `samples`
+    Method("Dr. GRPO", "dr_grpo", 8, lr_of="GRPO"),
+    Method("GSPO", "gspo", 8, lr_of="GRPO"),
+    Method("DAPO", "dapo", 8, lr_of="GRPO"),
+    Method("CISPO", "cispo", 8, lr_of="GRPO"),
+    Method("SPPO, sequence ratio", "sppo_sequence_ratio", critic=True, lr_of="SPPO"),
+    Method("SPPO, sequence ratio by length", "sppo_sequence_ratio_length", critic=True, lr_of="SPPO"),
+    Method("SPPO, off-policy", "sppo_off_policy", critic=True, lr_of="SPPO"),
+    Method("SPPO, hybrid", "sppo_hybrid", critic=True, lr_of="PPO, BCE"),
+    Method("SPPO, decoupled critic", "sppo_decoupled_critic", critic=True, lr_of="SPPO"),
 ]
 
 
@@ -67,29 +82,35 @@ class Run:
 
     method: Method
     protocol: str
-    lr: float
+    rates: tuple[float, float | None]  # learning rates of policy and critic
     seed: int
     seconds: float
+    samples: int = 8  # per held-out prompt
+    validations: int = 5  # after the first
 
     @property
     def folder(self) -> Path:
         """Where its summary goes, below the race's folder; a method with one response has one protocol."""
         protocol = self.protocol if self.method.responses > 1 else "both"
-        name = self.method.name.lower().replace(", ", "_").replace(" ", "_")
-        return Path(f"{protocol}/{name}/lr{self.lr:g}_seed{self.seed}_{self.seconds:g}s")
+        name = self.method.name.lower().replace(", ", "_").replace(". ", "_").replace(" ", "_")
+        rates = "_".join(f"{rate:g}" for rate in self.rates if rate is not None)
+        return Path(f"{protocol}/{name}/lr{rates}_seed{self.seed}_{self.seconds:g}s")
 
     def config(self, warm_starts: Path) -> dict[str, Any]:
         """The quickstart's config, the method's overlay, and what the race sets."""
         prompts = PROMPTS if self.protocol == "prompts" else PROMPTS // self.method.responses // UPDATES * UPDATES
         model = str(warm_starts / str(self.seed) / "runs/quickstart/warm_start/model")
+        policy_lr, critic_lr = self.rates
+        validation = {"samples_per_prompt": self.samples}
+        settings: dict[str, Any] = {
+            "policy_optimizer": {"lr": policy_lr},
+            "mini_batch_size": prompts * self.method.samples // UPDATES,
+        }
+        if critic_lr is not None:
+            settings["critic_optimizer"] = {"lr": critic_lr}
         race = {
             "seed_everything": self.seed,
-            "model": {
-                "init_args": {
-                    "policy_optimizer": {"lr": self.lr},
-                    "mini_batch_size": prompts * self.method.samples // UPDATES,
-                }
-            },
+            "model": {"init_args": settings},
             "data": {"init_args": {"batch_size": prompts}},
             "trainer": {
                 "max_time": None,
@@ -101,7 +122,10 @@ class Run:
                     },
                     {
                         "class_path": "sppo_lightning.callbacks.RolloutGeneration",
-                        "init_args": {"validation": {"samples_per_prompt": 8}, "validation_greedy": False},
+                        "init_args": {
+                            "validation": {"samples_per_prompt": self.samples},
+                            "validation_greedy": False,
+                        },
                     },
                     {
                         "class_path": "sppo_lightning.callbacks.RunSummary",
@@ -110,8 +134,9 @@ class Run:
                     {"class_path": "sppo_lightning.callbacks.HFExport", "init_args": {"path": "model"}},
                     {
                         "class_path": "timed.TimedValidation",
-                        "init_args": {"seconds": self.seconds, "every_seconds": self.seconds / 7},
+                        "init_args": {"seconds": self.seconds, "every_seconds": self.seconds / self.validations},
                     },
+                    {"class_path": "timed.CriticClock", "init_args": {"path": "critic_seconds.json"}},
                 ],
             },
         }
@@ -161,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the race, each with a warm start of its own")
     parser.add_argument("--seconds", type=float, default=75, help="training time of a run of the race")
-    parser.add_argument("--scan-seconds", type=float, default=45, help="training time of a run of the scan")
+    parser.add_argument("--scan-seconds", type=float, default=40, help="training time of a run of the scan")
     parser.add_argument("--methods", default="", help="names, separated by ';'; all when left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="where everything goes")
@@ -177,27 +202,42 @@ def main() -> None:
     side_by_side(lambda seed: warm_start(folder / "warm_starts", seed), [SCAN_SEED, *seeds])
     pairs = [(m, p) for m in chosen for p in ("prompts", "samples") if m.responses > 1 or p == "prompts"]
     scan = {
-        pair: [Run(*pair, lr, SCAN_SEED, arguments.scan_seconds) for lr in LEARNING_RATES]
-        for pair in pairs
-        if pair[0].lr_of is None
+        (method, protocol): [
+            Run(method, protocol, rates, SCAN_SEED, arguments.scan_seconds, samples=4, validations=3)
+            for rates in (RATES_OF_BOTH if method.critic else RATES_ALONE)
+        ]
+        for method, protocol in pairs
+        if method.lr_of is None
     }
     side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
     best = {
-        (method.name, protocol): max(runs, key=lambda run: report.scan_score(folder / run.folder)).lr
+        (method.name, protocol): max(runs, key=lambda run: report.scan_score(folder / run.folder)).rates
         for (method, protocol), runs in scan.items()
     }
+
+    def rates_of(method: Method, protocol: str) -> tuple[float, float | None]:
+        name = method.lr_of or method.name
+        return best[name, protocol] if (name, protocol) in best else best[name, "prompts"]
+
     raced = {
         (method, protocol): [
-            Run(method, protocol, best[method.lr_of or method.name, protocol], seed, arguments.seconds)
-            for seed in seeds
+            Run(method, protocol, rates_of(method, protocol), seed, arguments.seconds) for seed in seeds
         ]
         for method, protocol in pairs
     }
     # seed by seed, so that what disturbs the machine for a while disturbs all methods
     side_by_side(lambda run: race(run, folder), [runs[i] for i in range(len(seeds)) for runs in raced.values()])
+    family = [
+        Run(method, "samples", rates_of(method, "samples"), seeds[0], arguments.seconds)
+        for method in FAMILY
+        if method.lr_of in {chosen.name for chosen, _ in raced}
+    ]
+    side_by_side(lambda run: race(run, folder), family)
     report.write(
-        {(m.name, p): [(folder / r.folder, r.lr) for r in runs] for (m, p), runs in raced.items()},
-        {(m.name, p): [(folder / r.folder, r.lr) for r in runs] for (m, p), runs in scan.items()},
+        *(
+            {(m.name, p): [(folder / r.folder, r.rates) for r in runs] for (m, p), runs in group.items()}
+            for group in (raced, scan, {(run.method, run.protocol): [run] for run in family})
+        ),
         folder,
         arguments.figures or folder,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -125,11 +125,13 @@ def replace_prompts(batch: PromptBatch, replacements: Mapping[int, int], spare: 
     batch.prompts = _replaced(batch.prompts, replacements, spare.prompts)
     batch.token_ids = _replaced(batch.token_ids, replacements, spare.token_ids)
     batch.visits = _replaced(batch.visits, replacements, spare.visits)
+    if batch.value_logits is not None and spare.value_logits is not None:
+        batch.value_logits = torch.stack(_replaced(batch.value_logits, replacements, spare.value_logits))
     batch.rollouts = _replaced_rollouts(batch.rollouts, replacements, spare.rollouts)
     batch.greedy_rollouts = _replaced_rollouts(batch.greedy_rollouts, replacements, spare.greedy_rollouts)
 
 
-def _replaced(old: Sequence[Any], replacements: Mapping[int, int], new: Sequence[Any]) -> list[Any]:
+def _replaced(old: Iterable[Any], replacements: Mapping[int, int], new: Any) -> list[Any]:
     return [new[replacements[i]] if i in replacements else value for i, value in enumerate(old)]
 
 

@@ -55,9 +55,9 @@ class RolloutGeneration(Stage):
         self._tokens = 0.0
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
-        """Set `batch.rollouts`, and `batch.greedy_rollouts` where asked for."""
+        """Set `batch.rollouts`, and `batch.greedy_rollouts` where asked for, while the critic reads the prompts."""
         sampling = self.sampling if trainer.training else self.validation
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), module.foreseeing(batch):  # type: ignore[operator]
             if trainer.training and self.sample_from == "reference":
                 self.engine.update_weights(module.reference, module.reference_version)  # type: ignore[arg-type]
             else:

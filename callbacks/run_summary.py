@@ -92,6 +92,7 @@ class RunSummary(Callback):
             rollouts = batch.rollouts
             row["reward"] = _number(metrics.get("reward/mean"))
             row["value"] = _number(metrics.get("critic/value_mean"))
+            row["advantage_mean"] = _number(metrics.get("advantage/mean"))
             row["advantage_std"] = _number(metrics.get("advantage/std"))
             row["policy_grad_norm"] = _number(metrics.get("policy/grad_norm"))
             row["responses"] = 0 if rollouts is None else len(rollouts) * trainer.world_size

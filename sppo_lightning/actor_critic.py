@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sppo_lightning.base import PolicyModule
-from sppo_lightning.batch import Experience, PromptBatch, Replayed, Rollouts
+from sppo_lightning.batch import Experience, PromptBatch, Replayed
 from sppo_lightning.batching import micro_batches
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import ValueLoss
@@ -33,7 +37,6 @@ class ActorCritic(PolicyModule):
         policy_optimizer: GroupOptimizer,
         critic_optimizer: GroupOptimizer,
         lr_schedule: Schedule,
-        warmup_updates: int,
         micro_batch_tokens: int,
     ) -> None:
         super().__init__(policy)
@@ -46,7 +49,6 @@ class ActorCritic(PolicyModule):
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
         self.lr_schedule = lr_schedule
-        self.warmup_updates = warmup_updates
         self.micro_batch_tokens = micro_batch_tokens
 
     @property
@@ -80,18 +82,69 @@ class ActorCritic(PolicyModule):
 
     def configure_optimizers(self) -> Any:
         """One AdamW with a group per module, so `trainer.global_step` counts updates once."""
-        optimizer, schedule = build_optimizer(
-            self.trained_modules(), self.lr_schedule, self.warmup_updates, self.trainer.max_steps
-        )
+        optimizer, schedule = build_optimizer(self.trained_modules(), self.lr_schedule, self.trainer.max_steps)
         return [optimizer], [schedule]
 
-    def critic_values(self, rollouts: Rollouts) -> tuple[Tensor | None, Tensor | None]:
+    def critic_values(self, batch: PromptBatch) -> tuple[Tensor | None, Tensor | None]:
         """Value logits `v` `[N]` of a critic that reads prompts, or values `[N, T]` of one that reads tokens."""
-        if self.critic is None:
+        critic, rollouts = self.critic, batch.rollouts
+        assert rollouts is not None
+        if critic is None:
             return None, None
-        groups = micro_batches(self.critic.lengths(rollouts), self.micro_batch_tokens)
-        outputs = _in_order([self.critic.outputs(rollouts.rows(group)) for group in groups], groups)
-        return (outputs, None) if outputs.ndim == 1 else (None, self.critic_objective.predict(outputs))
+        if critic.reads == "prompt":
+            return self.value_logits(batch)[rollouts.prompt_index], None
+        outputs = self._ask(critic.lengths(rollouts), lambda rows: critic.outputs(rollouts.rows(rows)))
+        return None, self.critic_objective.predict(outputs)
+
+    @torch.no_grad()
+    def value_logits(self, batch: PromptBatch) -> Tensor:
+        """The critic's output at the end of each prompt, `[B]`, without gradient; asked ahead, or else now."""
+        assert self.critic is not None
+        if batch.value_logits is not None:
+            return batch.value_logits
+        critic, prompts, ids = self.critic, batch.prompts, batch.token_ids
+        lengths = critic.prompt_lengths(prompts, ids)
+        return self._ask(
+            lengths, lambda rows: critic.prompt_outputs([prompts[i] for i in rows], [ids[i] for i in rows])
+        )
+
+    def _ask(self, lengths: Sequence[int], outputs: Callable[[list[int]], Tensor]) -> Tensor:
+        """`outputs` of all rows, whose lengths are given in tokens, group by group within the token budget."""
+        groups = micro_batches(lengths, self.micro_batch_tokens)
+        if self._critic_is_sharded:  # every forward gathers weights, so all ranks make as many
+            groups = [rows.index for [rows], _, _ in self.in_step(groups)]
+        first = outputs(groups[0])
+        everything = first.new_empty(len(lengths), *first.shape[1:])
+        everything[groups[0]] = first
+        for group in groups[1:]:
+            everything[group] = outputs(group)
+        return everything
+
+    @property
+    def _critic_is_sharded(self) -> bool:
+        return self.critic is not None and any(isinstance(p, DTensor) for p in self.critic.parameters())
+
+    @contextmanager
+    def foreseeing(self, batch: PromptBatch) -> Iterator[None]:
+        """Asks a critic that reads only prompts about the batch's, in a thread, while the caller samples.
+
+        So V is there when the responses are, as `batch.value_logits`. A sharded critic is asked later: a thread
+        would gather its weights in an order of its own.
+        """
+        if self.critic is None or self.critic.reads != "prompt" or self._critic_is_sharded or not len(batch):
+            yield
+            return
+        kind = self.device.type
+        precision = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+        def ask() -> Tensor:
+            with precision:
+                return self.value_logits(batch)
+
+        with ThreadPoolExecutor(1, initializer=_like, initargs=(torch.get_num_threads(), self.device)) as thread:
+            answer = thread.submit(ask)
+            yield
+        batch.value_logits = answer.result()
 
     def value_loss(self, rows: Experience, counts: dict[str, Tensor]) -> Tensor | None:
         """The critic's loss on these rows, as their share of the mini-batch's; None without a critic."""
@@ -122,18 +175,9 @@ class ActorCritic(PolicyModule):
         shares, targets = (rows.weights / counts["replayed"]).to(outputs), rows.targets.to(outputs)
         return F.binary_cross_entropy_with_logits(outputs, targets, shares, reduction="sum")
 
-    @torch.no_grad()
     def prompt_values(self, batch: PromptBatch) -> Tensor | None:
         """The critic's chance of success for each prompt, `[B]`, without gradient; None without a critic."""
-        if self.critic is None:
-            return None
-        lengths = self.critic.prompt_lengths(batch.prompts, batch.token_ids)
-        groups = micro_batches(lengths, self.micro_batch_tokens)
-        parts = [
-            self.critic.prompt_outputs([batch.prompts[i] for i in g], [batch.token_ids[i] for i in g])
-            for g in groups
-        ]
-        return self.critic_objective.predict(_in_order(parts, groups))
+        return None if self.critic is None else self.critic_objective.predict(self.value_logits(batch))
 
     @torch.no_grad()
     def refresh_reference(self, mix: float = 1.0) -> None:
@@ -159,8 +203,8 @@ class ActorCritic(PolicyModule):
                 getattr(self, name).load_state_dict(checkpoint[name])
 
 
-def _in_order(parts: list[Tensor], groups: list[list[int]]) -> Tensor:
-    """The rows of `parts`, which were computed group by group, in the order of their positions."""
-    rows = torch.cat(parts)
-    order = torch.tensor([i for group in groups for i in group], device=rows.device)
-    return rows[order.argsort()]
+def _like(threads: int, device: torch.device) -> None:
+    """Give a new thread the settings that torch keeps for each."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -124,6 +124,10 @@ class PolicyModule(LightningModule):
         quiet = not last and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if quiet else nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss * self.trainer.world_size)
+
+    def foreseeing(self, batch: PromptBatch) -> AbstractContextManager[None]:
+        """Surrounds the sampling of the batch's responses, for what can be worked out meanwhile."""
+        return nullcontext()
 
     def prompt_values(self, batch: PromptBatch) -> Tensor | None:
         """The critic's chance of success for each prompt, `[B]`; None without a critic."""

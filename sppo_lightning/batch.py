@@ -279,6 +279,7 @@ class PromptBatch:
         self.token_ids = token_ids  # B unpadded prompts in the policy's tokenizer
         self.visits = visits  # B, how often each was drawn before, below 0 for a spare; keys the sampling noise
         self.rollouts: Rollouts | None = None  # set by RolloutGeneration
+        self.value_logits: Tensor | None = None  # [B], `v` of a critic that reads prompts, where asked ahead
         self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
 
     def __len__(self) -> int:

@@ -38,10 +38,9 @@ class SPPOModule(ActorCritic):
         critic_objective: The critic's loss; SPPO's binary cross-entropy by default.
         critic_warmup: Lets the critic learn before the policy moves.
         critic_replay: Shows the critic prompts and outcomes of earlier iterations again.
-        policy_optimizer: Learning rate, weight decay and gradient clip of the policy.
-        critic_optimizer: Learning rate, weight decay and gradient clip of the critic.
-        lr_schedule: How learning rates go on after the warm-up, in updates.
-        warmup_updates: Updates over which the learning rates rise from zero.
+        policy_optimizer: Learning rate and its warm-up, weight decay and gradient clip of the policy.
+        critic_optimizer: The same of the critic.
+        lr_schedule: How learning rates go on after their warm-up, in updates.
         mini_batch_size: Sequences of one update over all ranks; the whole iteration when left out.
         micro_batch_tokens: Token budget of one forward and backward on one rank, padding included.
         kl_coef: Weight of the KL penalty to the reference; 0 loads no reference.
@@ -68,7 +67,6 @@ class SPPOModule(ActorCritic):
         policy_optimizer: GroupOptimizer = GroupOptimizer(),  # noqa: B008 (frozen)
         critic_optimizer: GroupOptimizer = GroupOptimizer(lr=5e-6),  # noqa: B008 (frozen)
         lr_schedule: Schedule = "constant",
-        warmup_updates: int = 0,
         mini_batch_size: int | None = None,
         micro_batch_tokens: int = 16384,
         kl_coef: float = 0.0,
@@ -85,7 +83,6 @@ class SPPOModule(ActorCritic):
             policy_optimizer,
             critic_optimizer,
             lr_schedule,
-            warmup_updates,
             micro_batch_tokens,
         )
         self.advantage = advantage or SequenceAdvantage()
@@ -142,7 +139,7 @@ class SPPOModule(ActorCritic):
             assert batch.greedy_rollouts is not None
             greedy = batch.greedy_rollouts.rewards[rollouts.prompt_index]
             verdicts = verdicts & ~greedy.isnan()
-        value_logits, token_values = self.critic_values(rollouts)
+        value_logits, token_values = self.critic_values(batch)
         return Outcomes(
             rollouts,
             rewards=rollouts.rewards.nan_to_num(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from sppo_lightning.errors import InputError
@@ -23,18 +25,21 @@ class GroupOptimizer:
         weight_decay: Decoupled weight decay.
         betas: Decay of AdamW's two averages.
         max_grad_norm: The module's gradient is scaled down to this norm before each update.
+        warmup_updates: Updates over which the learning rate rises from zero.
     """
 
     lr: float = 1e-6
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
+    warmup_updates: int = 0
 
     def __post_init__(self) -> None:
         checks = [
             ("lr", self.lr, self.lr >= 0, "0 or more"),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
             ("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0, or .inf to leave it unclipped"),
+            ("warmup_updates", self.warmup_updates, self.warmup_updates >= 0, "0 or more"),
         ]
         for name, value, good, allowed in checks:
             if not good:
@@ -44,7 +49,6 @@ class GroupOptimizer:
 def build_optimizer(
     modules: dict[str, tuple[nn.Module, GroupOptimizer]],
     schedule: Schedule,
-    warmup_updates: int,
     total_updates: int,
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW over all modules, and its schedule in updates.
@@ -65,6 +69,13 @@ def build_optimizer(
         }
         for name, (module, settings) in modules.items()
     ]
-    name = "constant_with_warmup" if schedule == "constant" else schedule
     optimizer = torch.optim.AdamW(groups)
-    return optimizer, get_scheduler(name, optimizer, warmup_updates, max(total_updates, 1))
+    shares = [_share_of_peak(schedule, settings.warmup_updates, total_updates) for _, settings in modules.values()]
+    return optimizer, LambdaLR(optimizer, shares)
+
+
+def _share_of_peak(schedule: Schedule, warmup_updates: int, total_updates: int) -> Callable[[int], float]:
+    """The share of its peak that a learning rate has at an update, counted from 0."""
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    lone = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # transformers has one warm-up for all groups of an optimizer
+    return get_scheduler(name, lone, warmup_updates, max(total_updates, 1)).lr_lambdas[0]

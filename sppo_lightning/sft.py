@@ -25,9 +25,8 @@ class SFTModule(PolicyModule):
 
     Args:
         policy: The model that is trained.
-        optimizer: Learning rate, weight decay and gradient clip.
-        lr_schedule: How the learning rate goes on after the warm-up, in updates.
-        warmup_updates: Updates over which the learning rate rises from zero.
+        optimizer: Learning rate and its warm-up, weight decay and gradient clip.
+        lr_schedule: How the learning rate goes on after its warm-up, in updates.
         micro_batch_tokens: Token budget of one forward and backward on one rank, padding included.
     """
 
@@ -36,13 +35,11 @@ class SFTModule(PolicyModule):
         policy: CausalLMPolicy,
         optimizer: GroupOptimizer = GroupOptimizer(lr=1e-5),  # noqa: B008 (frozen)
         lr_schedule: Schedule = "constant",
-        warmup_updates: int = 0,
         micro_batch_tokens: int = 16384,
     ) -> None:
         super().__init__(policy)
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
-        self.warmup_updates = warmup_updates
         self.micro_batch_tokens = micro_batch_tokens
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:

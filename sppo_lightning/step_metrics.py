@@ -77,6 +77,7 @@ def _advantage_metrics(module: Any, experience: Experience) -> dict[str, Tensor]
     count, first, second, positive, moving, rows = module.trainer.strategy.reduce(sums, reduce_op="sum")
     variance = (second / count - (first / count).square()).clamp(min=0.0)
     return {
+        "advantage/mean": (first / count).float(),
         "advantage/std": variance.sqrt().float(),
         "advantage/positive_fraction": (positive / count).float(),
         "advantage/nonzero_fraction": (moving / rows).float(),

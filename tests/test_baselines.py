@@ -64,7 +64,7 @@ def small(overlay: Path) -> dict[str, Any]:
     config["data"]["init_args"] |= {"batch_size": PROMPTS, "validation": {}}
     config["data"]["init_args"]["train"]["init_args"]["size"] = 64
     settings["mini_batch_size"] = round(PROMPTS / updates)
-    settings["warmup_updates"] = 0
+    settings["policy_optimizer"]["warmup_updates"] = 0
     trainer = config["trainer"]
     trainer |= {"max_time": None, "max_epochs": 1, "limit_train_batches": 2, "logger": False}
     kept = ("RolloutGeneration", "ReferenceRefresh", "OverlongPenalty", "DynamicSampling")

@@ -144,7 +144,7 @@ def test_the_papers_settings(name: str, in_an_empty_folder: Path):
     assert rollout.sampling.temperature == rollout.validation.temperature == 0.6
     assert (rollout.sampling.samples_per_prompt, rollout.validation.samples_per_prompt) == (1, 16)
     assert (rollout.sampling.top_p, rollout.sampling.top_k) == (1.0, 0)
-    assert (module.kl_coef, module.lr_schedule, module.warmup_updates) == (0.0, "constant", 0)
+    assert (module.kl_coef, module.lr_schedule, module.policy_optimizer.warmup_updates) == (0.0, "constant", 0)
     assert isinstance(module, SPPOModule)
     assert isinstance(module.advantage, SequenceAdvantage)
     assert isinstance(module.objective, TokenClipObjective)

@@ -1,5 +1,6 @@
 """Clipping, schedules, what is refused, and what is logged."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -57,7 +58,8 @@ def test_learning_rates_by_update(schedule: Any, factors: list[float]):
             rates.append([group["lr"] for group in self.optimizers().param_groups])  # type: ignore[union-attr]
             return super().step_optimizer(modules)
 
-    module = Rates(make_policy(), make_critic(), lr_schedule=schedule, warmup_updates=2, mini_batch_size=4, **FAST)
+    optimizers = {name: dataclasses.replace(settings, warmup_updates=2) for name, settings in FAST.items()}
+    module = Rates(make_policy(), make_critic(), lr_schedule=schedule, mini_batch_size=4, **optimizers)
     trainer = fit(module, CASES, iterations=5, max_steps=6)
     assert trainer.global_step == 6
     assert rates == [[pytest.approx(0.02 * f), pytest.approx(0.05 * f)] for f in factors]

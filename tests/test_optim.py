@@ -9,19 +9,20 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.optim import GroupOptimizer, build_optimizer
 
 
-def two_modules(**changes: Any) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
+def two_modules(warmup_updates: int = 0) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
     policy, critic = nn.Linear(2, 1), nn.Linear(2, 1)
     policy.bias.requires_grad_(False)
-    settings = GroupOptimizer(lr=0.5, weight_decay=0.1, betas=(0.8, 0.9))
+    settings = GroupOptimizer(lr=0.5, weight_decay=0.1, betas=(0.8, 0.9), warmup_updates=warmup_updates)
     return {"policy": (policy, settings), "critic": (critic, GroupOptimizer(lr=0.25, weight_decay=0.0))}
 
 
-def rates(schedule: Any, warmup_updates: int, total_updates: int, updates: int) -> list[float]:
-    """The policy's learning rate as a share of its peak, update by update."""
-    optimizer, scheduler = build_optimizer(two_modules(), schedule, warmup_updates, total_updates)
+def rates(schedule: Any, warmup_updates: int, total_updates: int, updates: int, group: int = 0) -> list[float]:
+    """A group's learning rate as a share of its peak, update by update; the warm-up is the policy's."""
+    optimizer, scheduler = build_optimizer(two_modules(warmup_updates), schedule, total_updates)
+    peak = (0.5, 0.25)[group]
     found = []
     for _ in range(updates):
-        found.append(optimizer.param_groups[0]["lr"] / 0.5)
+        found.append(optimizer.param_groups[group]["lr"] / peak)
         optimizer.step()
         scheduler.step()
     return found
@@ -29,7 +30,7 @@ def rates(schedule: Any, warmup_updates: int, total_updates: int, updates: int) 
 
 def test_a_group_for_each_module_with_its_own_settings():
     modules = two_modules()
-    optimizer, _ = build_optimizer(modules, "constant", 0, -1)
+    optimizer, _ = build_optimizer(modules, "constant", -1)
     names = ["name", "lr", "weight_decay", "betas"]
     assert [[group[name] for name in names] for group in optimizer.param_groups] == [
         ["policy", 0.5, 0.1, (0.8, 0.9)],
@@ -45,7 +46,7 @@ def test_the_first_step_of_adamw_by_hand():
     policy = modules["policy"][0]
     with torch.no_grad():
         policy.weight.copy_(torch.tensor([[1.0, -2.0]]))
-    optimizer, _ = build_optimizer(modules, "constant", 0, -1)
+    optimizer, _ = build_optimizer(modules, "constant", -1)
     policy.weight.grad = torch.tensor([[0.3, 4.0]])
     optimizer.step()
     # both averages start unbiased, so a step has the size of the rate; decay takes 0.5 · 0.1 of the weight
@@ -57,6 +58,11 @@ def test_constant_after_the_warm_up():
     assert rates("constant", 4, -1, 6) == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
+def test_each_module_warms_up_on_its_own():
+    assert rates("constant", 4, -1, 3, group=1) == [1, 1, 1]
+    assert rates("linear", 2, 4, 5, group=1) == [1, 0.75, 0.5, 0.25, 0]
+
+
 def test_linear_and_cosine_end_at_max_steps():
     assert rates("linear", 2, 6, 7) == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
     cosine = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)]
@@ -66,7 +72,7 @@ def test_linear_and_cosine_end_at_max_steps():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_decay_needs_an_end(schedule: Any):
     with pytest.raises(InputError) as raised:
-        build_optimizer(two_modules(), schedule, 0, -1)
+        build_optimizer(two_modules(), schedule, -1)
     assert str(raised.value) == (
         f"`lr_schedule`='{schedule}' reaches zero at `trainer.max_steps`, which is not set; set it."
     )
@@ -81,6 +87,7 @@ def test_a_decay_needs_an_end(schedule: Any):
             {"max_grad_norm": 0.0},
             "`max_grad_norm`=0.0 of an optimizer cannot be used; it must be above 0, or .inf to leave it unclipped.",
         ),
+        ({"warmup_updates": -1}, "`warmup_updates`=-1 of an optimizer cannot be used; it must be 0 or more."),
         ({"lr": math.nan}, "`lr`=nan of an optimizer cannot be used; it must be 0 or more."),
     ],
 )
