@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pass_rates
 import race_report as report
+import torch
 import yaml
 
 from sppo_lightning.config_files import merge, read
@@ -101,7 +103,6 @@ class Run:
         prompts = PROMPTS if self.protocol == "prompts" else PROMPTS // self.method.responses // UPDATES * UPDATES
         model = str(warm_starts / str(self.seed) / "runs/quickstart/warm_start/model")
         policy_lr, critic_lr = self.rates
-        validation = {"samples_per_prompt": self.samples}
         settings: dict[str, Any] = {
             "policy_optimizer": {"lr": policy_lr},
             "mini_batch_size": prompts * self.method.samples // UPDATES,
@@ -233,13 +234,18 @@ def main() -> None:
         if method.lr_of in {chosen.name for chosen, _ in raced}
     ]
     side_by_side(lambda run: race(run, folder), family)
+    figures = arguments.figures or folder
+    figures.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    models = {str(seed): folder / f"warm_starts/{seed}/runs/quickstart/warm_start/model" for seed in seeds}
     report.write(
         *(
             {(m.name, p): [(folder / r.folder, r.rates) for r in runs] for (m, p), runs in group.items()}
             for group in (raced, scan, {(run.method, run.protocol): [run] for run in family})
         ),
+        pass_rates.report(models, figures),
         folder,
-        arguments.figures or folder,
+        figures,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the race came to: a table, JSON and the two figures."""
+"""What the race came to: tables, JSON and figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.figures import Curve, race_figure
 
 Key = tuple[str, str]  # method and protocol
-Runs = Mapping[Key, Sequence[tuple[Path, float]]]  # folders of the runs, with their learning rates
+Rates = tuple[float, float | None]  # learning rates of policy and critic
+Runs = Mapping[Key, Sequence[tuple[Path, Rates]]]  # folders of the runs
 PROTOCOLS = {
     "prompts": "same prompts per iteration (the paper's)",
     "samples": "same responses per iteration",
@@ -61,16 +62,14 @@ def reached(curves: Sequence[Curve], goal: float, x: str) -> float | None:
     return float(grid[above[0]]) if len(above) else None
 
 
-def row(runs: Sequence[tuple[Path, float]]) -> dict[str, Any]:
+def row(runs: Sequence[tuple[Path, Rates]]) -> dict[str, Any]:
     """One method's figures, with the spread over seeds."""
     summaries = [load(folder) for folder, _ in runs]
     curves = [curve(summary) for summary in summaries]
     first, last = ([c.accuracy[i] for c in curves] for i in (0, -1))
     by_length = {name: [accuracy(s["validations"][-1], name) for s in summaries] for name in ("short", "long")}
-    early = [s["curve"][:10] for s in summaries]  # the methods still have similar policies
-    seconds = [s["seconds"] for s in summaries]
     return {
-        "lr": runs[0][1],
+        "rates": runs[0][1],
         "curves": [vars(c) for c in curves],
         "before": float(np.mean(first)),
         "after": float(np.mean(last)),
@@ -80,24 +79,60 @@ def row(runs: Sequence[tuple[Path, float]]) -> dict[str, Any]:
         "long": float(np.mean(by_length["long"])),
         "mean_over_time": float(np.mean([np.trapezoid(c.accuracy, c.seconds) / c.seconds[-1] for c in curves])),
         "iterations": float(np.mean([s["iterations"] for s in summaries])),
-        "seconds_per_iteration": float(np.mean([s["curve"][-1]["seconds"] / s["iterations"] for s in summaries])),
         "responses": float(np.mean([c.samples[-1] for c in curves])),
-        "rollout_share": float(np.mean([s["rollout"] / (s["rollout"] + s["update"]) for s in seconds])),
-        "advantage_variance": float(np.mean([r["advantage_std"] ** 2 for rows in early for r in rows])),
-        "grad_norm": float(np.mean([r["policy_grad_norm"] for rows in early for r in rows])),
-        "grad_norm_variance": float(np.mean([np.var([r["policy_grad_norm"] for r in rows]) for rows in early])),
         "peak_memory_mb": float(np.max([s["peak_memory_mb"] for s in summaries])),
         "critic_pearson": [s["critic_pearson"] for s in summaries],
+        **time_shares([folder for folder, _ in runs], summaries),
+        **signal_variance(summaries),
     }
 
 
-def write(raced: Runs, scanned: Runs, folder: Path, figures: Path) -> None:
-    """Tables on the terminal, `race.json` in `folder`, and a figure per axis in `figures`."""
+def time_shares(folders: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of an iteration, and the shares of its phases; the critic's is part of the others."""
+    shares: dict[str, list[float]] = {"seconds_per_iteration": [], "rollout": [], "update": [], "critic": []}
+    for folder, summary in zip(folders, summaries, strict=True):
+        seconds = summary["seconds"]
+        total = seconds["rollout"] + seconds["verify"] + seconds["update"]
+        critic = sum(json.loads((folder / "critic_seconds.json").read_text()).values())
+        shares["seconds_per_iteration"].append(total / summary["iterations"])
+        for name, value in {"critic": critic, "rollout": seconds["rollout"], "update": seconds["update"]}.items():
+            shares[name].append(value / total)
+    return {name: float(np.mean(values)) for name, values in shares.items()}
+
+
+def signal_variance(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of A and of the gradient's norm, over the last half of a run: by then a critic has learned what it is for."""
+    halves = [s["curve"][len(s["curve"]) // 2 :] for s in summaries]
+    rows = [r for half in halves for r in half]
+    early = [r for s in summaries for r in s["curve"][:5]]
+    norms = [np.array([r["policy_grad_norm"] for r in half]) for half in halves]
+
+    def square(rows: Sequence[Mapping[str, float]]) -> float:
+        return float(np.mean([r["advantage_std"] ** 2 + r["advantage_mean"] ** 2 for r in rows]))
+
+    return {
+        "reward": float(np.mean([r["reward"] for r in rows])),
+        "advantage_variance": float(np.mean([r["advantage_std"] ** 2 for r in rows])),
+        "advantage_square": square(rows),
+        "early_advantage_square": square(early),
+        "grad_norm": float(np.mean([n.mean() for n in norms])),
+        "grad_norm_variance": float(np.mean([n.var() for n in norms])),
+        "grad_norm_variation": float(np.mean([n.std() / n.mean() for n in norms])),
+    }
+
+
+def write(
+    raced: Runs, scanned: Runs, family: Runs, prompts: Mapping[str, Any], folder: Path, figures: Path
+) -> None:
+    """Tables on the terminal, `race.json` in `folder`, and a figure per axis in `figures`.
+
+    `prompts` says how hard the prompts are (`pass_rates.report`).
+    """
     rows = {key: row(runs) for key, runs in raced.items()}
-    result: dict[str, Any] = {"scan": {}, "race": {}}
+    result: dict[str, Any] = {"prompts": prompts, "scan": {}, "race": {}}
     for (method, protocol), runs in scanned.items():
-        result["scan"].setdefault(protocol, {})[method] = {f"{lr:g}": scan_score(path) for path, lr in runs}
-    figures.mkdir(parents=True, exist_ok=True)
+        scores = {"/".join(f"{r:g}" for r in rates if r is not None): scan_score(path) for path, rates in runs}
+        result["scan"].setdefault(protocol, {})[method] = scores
     for protocol, title in PROTOCOLS.items():
         # a method with one response per prompt is the same in both
         methods = {m: r for (m, p), r in rows.items() if p == protocol or (m, "samples") not in rows}
@@ -107,40 +142,80 @@ def write(raced: Runs, scanned: Runs, folder: Path, figures: Path) -> None:
             for x in ("seconds", "samples"):
                 values[f"{x}_to_grpo"] = reached([Curve(**c) for c in values["curves"]], goal, x)
         result["race"][protocol] = {"goal": goal, "methods": {m: dict(r) for m, r in methods.items()}}
-        show(methods, title, goal)
+        show_learning(methods, f"{title}; GRPO's best mean accuracy {goal:.3f}")
+        show_cost(methods, title)
         for x in ("seconds", "samples"):
             drawn = {m: [Curve(**c) for c in r["curves"]] for m, r in methods.items()}
             figure = race_figure(drawn, x, title=f"Accuracy on held-out chains, {title}")  # type: ignore[arg-type]
             figure.savefig(figures / f"race_{protocol}_{x}.png", dpi=110)
+    result["family"] = {method: row(runs) for (method, _), runs in family.items()}
+    show_family(result["family"])
+    of_prompts = {key: round(value, 3) for key, value in prompts.items() if key != "rates"}
+    print(f"Pass rates of the prompts before training: {of_prompts}")
     (folder / "race.json").write_text(json.dumps(result, indent=1))
-    print(f"Written: {folder / 'race.json'} and four figures in {figures}")
+    print(f"Written: {folder / 'race.json'} and five figures in {figures}")
 
 
-def show(methods: Mapping[str, Mapping[str, Any]], title: str, goal: float) -> None:
-    """One protocol's table."""
-    table = Table(title=f"{title}; GRPO's best mean accuracy {goal:.3f}")
-    columns = "method|lr|before|after|2–4|8–10|mean over time|s to GRPO|ratio|samples to GRPO|s/iteration|rollout"
-    for column in f"{columns}|var A|norm g|var norm g|MB".split("|"):
+def show_learning(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """One protocol's accuracies, the best method first."""
+    table = Table(title=title)
+    columns = "method|rates|before|after|2–4|8–10|mean over time|s to GRPO|ratio|samples to GRPO|ratio|pearson"
+    for column in columns.split("|"):
         table.add_column(column, justify="right")
-    grpo = methods.get("GRPO", {}).get("seconds_to_grpo")
-    for name, r in sorted(methods.items(), key=lambda item: -item[1]["after"]):
-        seconds, samples = r["seconds_to_grpo"], r["samples_to_grpo"]
+    grpo = methods.get("GRPO", {})
+    for name, r in _best_first(methods):
+        cells = []
+        for x in ("seconds", "samples"):
+            own, best = r[f"{x}_to_grpo"], grpo.get(f"{x}_to_grpo")
+            cells += ["–" if own is None else f"{own:,.0f}", "–" if not own or not best else f"{best / own:.1f}"]
+        pearson = [value for value in r["critic_pearson"] if value is not None]
         table.add_row(
             name,
-            f"{r['lr']:g}",
+            "/".join(f"{rate:g}" for rate in r["rates"] if rate is not None),
             f"{r['before']:.3f}",
             f"{r['after']:.3f} ± {r['after_std']:.3f}",
             f"{r['short']:.2f}",
             f"{r['long']:.2f}",
             f"{r['mean_over_time']:.3f}",
-            "–" if seconds is None else f"{seconds:.0f}",
-            "–" if seconds is None or not grpo else f"{grpo / seconds:.1f}",
-            "–" if samples is None else f"{samples:,.0f}",
-            f"{r['seconds_per_iteration']:.2f}",
-            f"{r['rollout_share']:.0%}",
-            f"{r['advantage_variance']:.3f}",
-            f"{r['grad_norm']:.2f}",
-            f"{r['grad_norm_variance']:.3f}",
-            f"{r['peak_memory_mb']:.0f}",
+            *cells,
+            f"{np.mean(pearson):.2f}" if pearson else "–",
         )
-    Console(width=190).print(table)
+    Console(width=170).print(table)
+
+
+def show_cost(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """One protocol's seconds, memory and noise."""
+    table = Table(title=title)
+    columns = "method|s/iteration|iterations|responses|rollout|update|critic|MB|reward|var A|mean A²|A² at first"
+    for column in f"{columns}|grad norm|its var|its std/mean".split("|"):
+        table.add_column(column, justify="right")
+    signal = ("reward", "advantage_variance", "advantage_square", "early_advantage_square")
+    signal += ("grad_norm", "grad_norm_variance", "grad_norm_variation")
+    for name, r in _best_first(methods):
+        table.add_row(
+            name,
+            f"{r['seconds_per_iteration']:.2f}",
+            f"{r['iterations']:.0f}",
+            f"{r['responses']:,.0f}",
+            *(f"{r[share]:.1%}" for share in ("rollout", "update", "critic")),
+            f"{r['peak_memory_mb']:.0f}",
+            *(f"{r[key]:.3f}" for key in signal),
+        )
+    Console(width=170).print(table)
+
+
+def show_family(methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether the rest of the family learns, one run each."""
+    table = Table(title="The rest of the family, one seed, same responses per iteration")
+    for column in ("method", "rates", "before", "best", "after", "s/iteration"):
+        table.add_column(column, justify="right")
+    for name, r in _best_first(methods):
+        rates = "/".join(f"{rate:g}" for rate in r["rates"] if rate is not None)
+        best = max(r["curves"][0]["accuracy"])
+        cells = [f"{value:.3f}" for value in (r["before"], best, r["after"])]
+        table.add_row(name, rates, *cells, f"{r['seconds_per_iteration']:.2f}")
+    Console(width=100).print(table)
+
+
+def _best_first(methods: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(methods.items(), key=lambda item: -item[1]["after"])
