@@ -6,15 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import rich
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.batching import MicroRows
 from sppo_lightning.errors import InputError
-from sppo_lightning.evaluation import Evaluation
+from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.optim import GroupOptimizer
@@ -175,3 +177,5 @@ class PolicyModule(LightningModule):
         self.evaluation.reset()
         self.phase_seconds = {}
         self.log_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()})
+        if self.trainer.state.fn != TrainerFn.FITTING and self.trainer.is_global_zero and metrics:
+            rich.get_console().print(metric_table(metrics, "Test" if self.trainer.testing else "Validation"))

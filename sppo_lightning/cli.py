@@ -49,7 +49,10 @@ class SPPOCLI(LightningCLI):
         """The command's parser, without its settings where another command is asked for: they take time to add."""
         asked = self.subcommands().keys() & set(self.arguments or ())
         if not asked or subcommand in asked:
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            if subcommand in ("validate", "test"):
+                parser.set_defaults(verbose=False)  # the module prints a table with a column per data set
+            return parser
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
 

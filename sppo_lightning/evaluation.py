@@ -12,6 +12,7 @@ from math import comb
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -210,6 +211,20 @@ def majority_reward(answers: Tensor, rewards: Tensor) -> float:
         return 0.0
     winner, _ = votes.most_common(1)[0]  # which keeps the order of first appearance among equals
     return float(rewards[answers == winner].mean())
+
+
+def metric_table(metrics: Mapping[str, float], title: str) -> Table:
+    """The metrics `val/<data set>/<kind>` for a terminal: a row per kind, a column per data set, "all" last."""
+    cells = {tuple(name.split("/", 1)[1].rsplit("/", 1)): value for name, value in metrics.items()}
+    names = sorted(dict.fromkeys(name for name, _ in cells), key=lambda name: name == "all")
+    table = Table(title=title, title_style="bold")
+    table.add_column("metric")
+    for name in names:
+        table.add_column(name, justify="right")
+    for kind in dict.fromkeys(kind for _, kind in cells):
+        values = [cells.get((name, kind)) for name in names]
+        table.add_row(kind, *("–" if value is None else f"{value:.3f}" for value in values))
+    return table
 
 
 def by_dataset(metrics: Mapping[str, Any], kind: str) -> dict[str, float]:

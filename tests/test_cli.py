@@ -1,4 +1,5 @@
 import inspect
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from test_cli_errors import CONFIG, DATA, MODEL, changed
+from tiny_config import write_files
 
 from sppo_lightning.cli import command_line, main
 
@@ -81,6 +83,23 @@ def test_every_setting_has_a_help_text(component: type):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(component, fail_untyped=False)
     assert [action.dest for action in parser._actions if not (action.help or "").strip()] == []
+
+
+def test_validate_and_test_print_a_column_per_data_set(capsys: pytest.CaptureFixture[str]):
+    sets = {"first": "train.jsonl", "second": "other.jsonl"}
+    changes = {"data.init_args.validation": sets, "data.init_args.test": {"third": "train.jsonl"}}
+    write_files(changes)
+    Path("other.jsonl").write_text(Path("train.jsonl").read_text().replace("a b", "b a"))
+    for command, columns in (("validate", ["metric", "first", "second", "all"]), ("test", ["metric", "third"])):
+        main([command, "--config", "config.yaml"])
+        lines = [
+            [cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.split("\n")
+        ]
+        assert columns in lines
+        (rates,) = [cells[1:] for cells in lines if cells[:1] == ["avg@4"]]  # of one problem
+        assert len(rates) == len(columns) - 1
+        assert all(0 <= float(rate) <= 1 for rate in rates)
+        assert "DataLoader" not in str(lines)
 
 
 def test_threads_are_set():

@@ -11,6 +11,7 @@ from sppo_lightning.evaluation import (
     answer_key,
     by_dataset,
     majority_reward,
+    metric_table,
     pass_at_k,
     problem_id,
 )
@@ -259,3 +260,16 @@ def test_by_dataset(metrics: dict[str, float], expected: dict[str, float]):
     found = by_dataset({name: torch.tensor(value) for name, value in metrics.items()}, r"avg@\d+")
     assert list(found) == list(expected)
     assert found == pytest.approx(expected)
+
+
+def test_the_table_of_metrics():
+    metrics = {"val/all/avg@2": 0.25, "val/my/set/avg@2": 0.5, "val/other/avg@2": 0.0, "val/other/maj@2": 1.0}
+    table = metric_table(metrics, "Validation")
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns == {
+        "metric": ["avg@2", "maj@2"],
+        "my/set": ["0.500", "–"],
+        "other": ["0.000", "1.000"],
+        "all": ["0.250", "–"],
+    }
+    assert list(columns)[-1] == "all"

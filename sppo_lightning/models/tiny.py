@@ -115,6 +115,8 @@ class CharacterCritic(PromptCritic):
                 "num_hidden_layers": num_layers,
                 "num_attention_heads": num_heads,
                 "max_position_embeddings": max_tokens,
+                "bos_token_id": None,  # the family's own is an id of the family's own vocabulary
+                "eos_token_id": self.tokenizer.eos_token_id,
             },
             max_prompt_tokens=max_tokens,
             lora=lora,
