@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,7 +190,9 @@ def test_each_prompt_has_the_instruction_once(with_tiny_models: Callable[[Path],
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA.parent.name}/{DATA.name} beside the repository")
-def test_two_iterations_of_the_small_critic_run_on_its_own_data(in_an_empty_folder: Path):
+def test_two_iterations_of_the_small_critic_run_on_its_own_data(
+    in_an_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+):
     prompts = pq.read_table(DATA / "dapo-math-17k.parquet", columns=["prompt"]).slice(0, 400).to_pylist()
     texts = [turn["content"] for row in prompts for turn in row["prompt"]]
     policy = save_tiny_model(in_an_empty_folder / "policy", texts, vocab=600, hidden=32, template=CHAT_TEMPLATE)
@@ -220,6 +223,14 @@ def test_two_iterations_of_the_small_critic_run_on_its_own_data(in_an_empty_fold
         for place in (folder / "model", folder / "model/critic")
     )
     assert len(policy_vocabulary) != len(critic_vocabulary)
+
+    capsys.readouterr()
+    main(["validate", "--config", "config.yaml"])
+    table = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.split("\n")
+    ]
+    assert any({"metric", "math500", "aime25"} <= set(cells) for cells in table)
+    assert {"avg@4", "pass@4"} <= {cells[0] for cells in table if cells}
 
 
 def shorten(config: dict[str, Any], policy: str, critic: str) -> None:
