@@ -1,8 +1,8 @@
 """How fast critics learn what a fixed policy can do: size, start, learning rate, warm-up, replay.
 
 A warm start of the race answers each prompt once. Every critic goes through these outcomes once, in the order and
-in the mini-batches of a run, and says V before it learns from them. Its Brier skill, 1 − mean (R − V)² / variance of
-R, is the share of the batch mean's squared error that it removes; below 0 a constant would do better. So the table
+in the mini-batches of a run, and says V before it learns from them. Its Brier skill, 1 − mean (R − V)² / var R, is
+the share of the batch mean's squared error that it removes; below 0 a constant would do better. So the table
 shows what SPPO's baseline is worth at an iteration, without the noise of different policies.
 """
 

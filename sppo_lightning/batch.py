@@ -207,11 +207,6 @@ class Experience:
         return self.rollouts.response_mask * self.verdicts[:, None]
 
     @property
-    def lengths(self) -> list[int]:
-        """`N` row lengths in tokens, prompt and response."""
-        return self.rollouts.lengths
-
-    @property
     def informative(self) -> list[int]:
         """The rows with a verdict and an advantage other than exactly 0: all that a policy gradient comes from."""
         moves = self.advantages.reshape(len(self), -1).ne(0).any(dim=1) if len(self) else self.verdicts

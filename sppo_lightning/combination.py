@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.functional import KLEstimator
 
 _CRITICS = {
     "prompt": "sppo_lightning.models.PromptCritic, which reads the prompt alone",
@@ -15,6 +16,9 @@ _CRITICS = {
 
 def check_combination(module: Any) -> None:
     """Check advantage, objective, critic and the critic's loss of an `SPPOModule` against each other."""
+    for setting, allowed in {"kl_estimator": get_args(KLEstimator), "kl_in": ("loss", "reward")}.items():
+        if (value := getattr(module, setting)) not in allowed:
+            raise InputError(f"`{setting}`={value} is unknown; use {' or '.join(allowed)}.")
     advantage, critic = module.advantage, module.critic
     name = type(advantage).__name__
     if advantage.critic is None and critic is not None:
@@ -63,10 +67,12 @@ def check_sampling(module: Any, callbacks: Iterable[Any]) -> None:
                 f"`advantage`={name} needs a greedy response per prompt; set `greedy: true` on RolloutGeneration."
             )
         truncated = sampling.top_p < 1 or sampling.top_k > 0
+        weighted = module.objective.is_importance_weighted
         from_sampler = not module.recompute_old_log_probs or getattr(callback, "sample_from", "policy") != "policy"
-        if truncated and from_sampler:
+        if truncated and (from_sampler or weighted):
+            other = "with another objective, sample" if weighted else "sample"
             raise InputError(
                 f"`top_p`={sampling.top_p} and `top_k`={sampling.top_k} of RolloutGeneration's `sampling` cut "
                 "tokens off: the sampler's log-probabilities are not the policy's, and their ratio is biased; "
-                "use top_p 1 and top_k 0, or sample from the policy with `recompute_old_log_probs: true`."
+                f"use top_p 1 and top_k 0, or {other} from the policy with `recompute_old_log_probs: true`."
             )

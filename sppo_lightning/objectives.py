@@ -20,6 +20,7 @@ class Objective(ABC):
     """A policy loss; owns its settings and calls `functional`."""
 
     needs_reference: bool = False  # whether the ratio is taken against the reference policy
+    is_importance_weighted: ClassVar[bool] = False  # whether the ratio is a weight, of whole distributions
     takes_token_advantages: ClassVar[bool] = True  # or one advantage per response alone
 
     @abstractmethod
@@ -144,6 +145,8 @@ class ImportanceWeightedObjective(TokenObjective):
             `seq-mean-token-mean` for the mean over responses of the sum, or the mean, over their tokens.
         constant_length: With `seq-mean-token-sum`, divide the sums by this number of tokens.
     """
+
+    is_importance_weighted = True
 
     def __init__(
         self,

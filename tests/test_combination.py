@@ -17,7 +17,7 @@ from sppo_lightning.advantages import (
 from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
-from sppo_lightning.objectives import ClippedSquaredError, SequenceClipObjective
+from sppo_lightning.objectives import ClippedSquaredError, ImportanceWeightedObjective, SequenceClipObjective
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.warmup import CriticWarmup
 
@@ -101,12 +101,21 @@ def test_a_greedy_baseline_without_greedy_responses():
     [
         (RolloutGeneration(Sampling(top_p=0.9)), {"recompute_old_log_probs": False}),
         (RolloutGeneration(Sampling(top_k=5), sample_from="reference"), {}),
+        (RolloutGeneration(Sampling(top_p=0.5)), {"objective": ImportanceWeightedObjective()}),
     ],
-    ids=["the sampler's log-probabilities", "another policy's responses"],
+    ids=["the sampler's log-probabilities", "another policy's responses", "importance weights"],
 )
 def test_importance_weights_of_a_truncated_distribution(generation: RolloutGeneration, settings: dict[str, Any]):
+    other = "with another objective, sample" if "objective" in settings else "sample"
     assert refused_at_setup(generation, **settings) == (
         f"`top_p`={generation.sampling.top_p} and `top_k`={generation.sampling.top_k} of RolloutGeneration's "
         "`sampling` cut tokens off: the sampler's log-probabilities are not the policy's, and their ratio is biased; "
-        "use top_p 1 and top_k 0, or sample from the policy with `recompute_old_log_probs: true`."
+        f"use top_p 1 and top_k 0, or {other} from the policy with `recompute_old_log_probs: true`."
     )
+
+
+def test_options_that_there_are_not():
+    for name, value, known in (("kl_in", "advantage", "loss or reward"), ("kl_estimator", "k4", "k1 or k2 or k3")):
+        with pytest.raises(InputError) as raised:
+            SPPOModule(make_policy(), make_critic(), **{name: value})  # type: ignore[arg-type]
+        assert str(raised.value) == f"`{name}`={value} is unknown; use {known}."
