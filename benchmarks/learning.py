@@ -2,9 +2,10 @@
 
 Two protocols. `prompts` is the paper's: every method sees the same prompts per iteration, so GRPO samples eight
 times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
-with four runs for every method, of the policy alone or, where there is a critic, of both, on a warm start that is
-not raced. The rest of the family follows with one run each, at the rates of the nearest racer. Finished runs are
-kept: started again, the script goes on where it was.
+with four runs for every method, of the policy alone or, where there is a critic, of both, and with a fifth where the
+best lies at the edge, on a warm start that is not raced. The rest of the family follows with one run each, at the
+rates of the nearest racer. Finished runs are kept: started again, the script goes on where it was. Every run has a
+core to itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pass_rates
@@ -34,6 +36,9 @@ PROMPTS, UPDATES = 128, 2  # per iteration
 RATES_ALONE = ((1.5e-4, None), (3e-4, None), (6e-4, None), (1.2e-3, None))
 RATES_OF_BOTH = ((3e-4, 1e-3), (3e-4, 3e-3), (6e-4, 1e-3), (6e-4, 3e-3))
 SCAN_SEED = 100  # of the warm start on which learning rates are chosen
+CORES: Queue[int] = Queue()  # that no run is on
+for _core in sorted(os.sched_getaffinity(0)):
+    CORES.put(_core)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ FAMILY = [  # one run each, in the protocol `samples`
 ]
 
 
+def grid(method: Method) -> tuple[tuple[float, float | None], ...]:
+    """The learning rates that its scan begins with."""
+    return RATES_OF_BOTH if method.critic else RATES_ALONE
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run of the race or of the scan."""
@@ -117,6 +127,8 @@ class Run:
                 "max_time": None,
                 "logger": False,
                 "callbacks": [
+                    {"class_path": "timed.TrainingMemory", "init_args": {"path": "memory.json"}},
+                    {"class_path": "timed.CriticClock", "init_args": {"path": "critic_seconds.json"}},
                     {
                         "class_path": "sppo_lightning.callbacks.InitialValidation",
                         "init_args": {"min_pass_rate": 0.0, "metric": None},
@@ -137,7 +149,6 @@ class Run:
                         "class_path": "timed.TimedValidation",
                         "init_args": {"seconds": self.seconds, "every_seconds": self.seconds / self.validations},
                     },
-                    {"class_path": "timed.CriticClock", "init_args": {"path": "critic_seconds.json"}},
                 ],
             },
         }
@@ -155,8 +166,15 @@ def fit(config: Path, folder: Path, *options: str) -> None:
     quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    with (folder / "fit.log").open("w") as log:
-        status = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log).returncode
+    core = CORES.get()  # its own, so that what a run does beside sampling takes no time from another run
+    try:
+        with (folder / "fit.log").open("w") as log:
+            pin = ["taskset", "--cpu-list", str(core)]
+            status = subprocess.run(
+                [*pin, *command], cwd=folder, env=environment, stdout=log, stderr=log
+            ).returncode
+    finally:
+        CORES.put(core)
     if status:
         raise SystemExit(f"A run failed with status {status}; see {folder / 'fit.log'}.")
 
@@ -193,7 +211,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="where everything goes")
     parser.add_argument("--figures", type=Path, default=None, help="folder for the figures, docs for instance")
     arguments = parser.parse_args()
-    chosen = [m for m in METHODS if not arguments.methods or m.name in arguments.methods.split(";")]
+    asked = set(filter(None, arguments.methods.split(";")))
+    asked |= {m.lr_of for m in METHODS if m.name in asked and m.lr_of}
+    chosen = [m for m in METHODS if not asked or m.name in asked]
     folder, seeds = arguments.folder, range(1, arguments.seeds + 1)
 
     def side_by_side(task: Any, *rows: Any) -> None:
@@ -202,19 +222,27 @@ def main() -> None:
 
     side_by_side(lambda seed: warm_start(folder / "warm_starts", seed), [SCAN_SEED, *seeds])
     pairs = [(m, p) for m in chosen for p in ("prompts", "samples") if m.responses > 1 or p == "prompts"]
+
+    def scanned(method: Method, protocol: str, rates: tuple[float, float | None]) -> Run:
+        return Run(method, protocol, rates, SCAN_SEED, arguments.scan_seconds, samples=4, validations=3)
+
+    def best_of(runs: list[Run]) -> tuple[float, float | None]:
+        return max(runs, key=lambda run: report.scan_score(folder / run.folder)).rates
+
     scan = {
-        (method, protocol): [
-            Run(method, protocol, rates, SCAN_SEED, arguments.scan_seconds, samples=4, validations=3)
-            for rates in (RATES_OF_BOTH if method.critic else RATES_ALONE)
-        ]
+        (method, protocol): [scanned(method, protocol, rates) for rates in grid(method)]
         for method, protocol in pairs
         if method.lr_of is None
     }
     side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
-    best = {
-        (method.name, protocol): max(runs, key=lambda run: report.scan_score(folder / run.folder)).rates
-        for (method, protocol), runs in scan.items()
-    }
+    for (method, protocol), runs in scan.items():  # one step further where the best lies at the edge
+        policy, critic = best_of(runs)
+        tried = [run.rates[0] for run in runs]
+        if policy in (min(tried), max(tried)):
+            further = policy * 2 if policy == max(tried) else policy / 2
+            runs.append(scanned(method, protocol, (further, critic)))
+    side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
+    best = {(method.name, protocol): best_of(runs) for (method, protocol), runs in scan.items()}
 
     def rates_of(method: Method, protocol: str) -> tuple[float, float | None]:
         name = method.lr_of or method.name

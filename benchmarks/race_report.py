@@ -80,10 +80,19 @@ def row(runs: Sequence[tuple[Path, Rates]]) -> dict[str, Any]:
         "mean_over_time": float(np.mean([np.trapezoid(c.accuracy, c.seconds) / c.seconds[-1] for c in curves])),
         "iterations": float(np.mean([s["iterations"] for s in summaries])),
         "responses": float(np.mean([c.samples[-1] for c in curves])),
-        "peak_memory_mb": float(np.max([s["peak_memory_mb"] for s in summaries])),
+        **memory([folder for folder, _ in runs]),
         "critic_pearson": [s["critic_pearson"] for s in summaries],
         **time_shares([folder for folder, _ in runs], summaries),
         **signal_variance(summaries),
+    }
+
+
+def memory(folders: Sequence[Path]) -> dict[str, float]:
+    """The largest peak of the process in training, and how far it lies above what was there before, in MB."""
+    found = [json.loads((folder / "memory.json").read_text()) for folder in folders]
+    return {
+        "peak_memory_mb": float(np.max([each["peak"] for each in found])),
+        "added_memory_mb": float(np.max([each["peak"] - each["before"] for each in found])),
     }
 
 
@@ -105,7 +114,9 @@ def signal_variance(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     halves = [s["curve"][len(s["curve"]) // 2 :] for s in summaries]
     rows = [r for half in halves for r in half]
     early = [r for s in summaries for r in s["curve"][:5]]
-    norms = [np.array([r["policy_grad_norm"] for r in half]) for half in halves]
+    norms = [
+        np.array([r["policy_grad_norm"] for r in half if r["policy_grad_norm"] is not None]) for half in halves
+    ]
 
     def square(rows: Sequence[Mapping[str, float]]) -> float:
         return float(np.mean([r["advantage_std"] ** 2 + r["advantage_mean"] ** 2 for r in rows]))
@@ -186,7 +197,9 @@ def show_learning(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
 def show_cost(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """One protocol's seconds, memory and noise."""
     table = Table(title=title)
-    columns = "method|s/iteration|iterations|responses|rollout|update|critic|MB|reward|var A|mean A²|A² at first"
+    columns = (
+        "method|s/iteration|iterations|responses|rollout|update|critic|MB|added|reward|var A|mean A²|A² at first"
+    )
     for column in f"{columns}|grad norm|its var|its std/mean".split("|"):
         table.add_column(column, justify="right")
     signal = ("reward", "advantage_variance", "advantage_square", "early_advantage_square")
@@ -199,6 +212,7 @@ def show_cost(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
             f"{r['responses']:,.0f}",
             *(f"{r[share]:.1%}" for share in ("rollout", "update", "critic")),
             f"{r['peak_memory_mb']:.0f}",
+            f"{r['added_memory_mb']:.0f}",
             *(f"{r[key]:.3f}" for key in signal),
         )
     Console(width=170).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class CriticClock(Callback):
         self.path = Path(path)
         self.seconds = {"forward": 0.0, "backward": 0.0}
         self._forward_start = 0.0
-        self._backward_mark = 0.0
+        self._backward_mark: float | None = None  # until where the running backward is counted
         self._handles: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +71,7 @@ class CriticClock(Callback):
         ]
 
     def _start_forward(self) -> None:
-        self._forward_start = time.perf_counter()
+        self._forward_start, self._backward_mark = time.perf_counter(), None
 
     def _end_forward(self, trainer: Trainer, output: Any) -> None:
         if trainer.training:
@@ -79,11 +80,12 @@ class CriticClock(Callback):
             output.register_hook(self._start_backward)
 
     def _start_backward(self, gradient: Any) -> None:
-        self._backward_mark = time.perf_counter()
+        if self._backward_mark is None:  # replayed prompts have an output of their own in the same backward
+            self._backward_mark = time.perf_counter()
 
     def _note(self, parameter: Any) -> None:
         now = time.perf_counter()
-        self.seconds["backward"] += now - self._backward_mark
+        self.seconds["backward"] += now - (self._backward_mark or now)
         self._backward_mark = now
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,3 +93,40 @@ class CriticClock(Callback):
         for handle in self._handles:
             handle.remove()
         self.path.write_text(json.dumps(self.seconds))
+
+
+class TrainingMemory(Callback):
+    """Writes the peak memory of the process in training alone, in MB, and what it was before the first iteration.
+
+    Validation samples more responses at once than an iteration does, and would hide it. Linux only.
+
+    Args:
+        path: The file, JSON.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.megabytes = {"before": 0.0, "peak": 0.0}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget the peak that a validation may have left."""
+        Path("/proc/self/clear_refs").write_text("5")
+        if not self.megabytes["before"]:
+            self.megabytes["before"] = _peak_megabytes()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the iteration's peak; it stands before what validates."""
+        self.megabytes["peak"] = max(self.megabytes["peak"], _peak_megabytes())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        self.path.write_text(json.dumps(self.megabytes))
+
+
+def _peak_megabytes() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
