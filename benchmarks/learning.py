@@ -2,10 +2,10 @@
 
 Two protocols. `prompts` is the paper's: every method sees the same prompts per iteration, so GRPO samples eight
 times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
-with four runs for every method, of the policy alone or, where there is a critic, of both, and with a fifth where the
-best lies at the edge, on a warm start that is not raced. The rest of the family follows with one run each, at the
-rates of the nearest racer. Finished runs are kept: started again, the script goes on where it was. Every run has a
-core to itself.
+with four runs for every method, of the policy alone or, where there is a critic, of both, and with a fifth where
+the best lies at the edge, on a warm start that is not raced. The rest of the family follows with one run each, at
+the rates of the nearest racer. Every run has a core to itself. Finished runs are kept: started again, the script goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -169,10 +169,8 @@ def fit(config: Path, folder: Path, *options: str) -> None:
     core = CORES.get()  # its own, so that what a run does beside sampling takes no time from another run
     try:
         with (folder / "fit.log").open("w") as log:
-            pin = ["taskset", "--cpu-list", str(core)]
-            status = subprocess.run(
-                [*pin, *command], cwd=folder, env=environment, stdout=log, stderr=log
-            ).returncode
+            pinned = ["taskset", "--cpu-list", str(core), *command]
+            status = subprocess.run(pinned, cwd=folder, env=environment, stdout=log, stderr=log).returncode
     finally:
         CORES.put(core)
     if status:

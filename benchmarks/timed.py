@@ -108,10 +108,8 @@ class TrainingMemory(Callback):
         self.path = Path(path)
         self.megabytes = {"before": 0.0, "peak": 0.0}
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Forget the peak that a validation may have left."""
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the peak that a validation has left; the first one comes before the first iteration."""
         Path("/proc/self/clear_refs").write_text("5")
         if not self.megabytes["before"]:
             self.megabytes["before"] = _peak_megabytes()
