@@ -4,8 +4,8 @@ Two protocols. `prompts` is the paper's: every method sees the same prompts per 
 times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
 with four runs for every method, of the policy alone or, where there is a critic, of both, and with a fifth where
 the best lies at the edge, on a warm start that is not raced. The rest of the family follows with one run each, at
-the rates of the nearest racer. Every run has a core to itself. Finished runs are kept: started again, the script goes
-on where it was.
+the rates of the nearest racer. Every run has a core to itself. Finished runs are kept: started again, the script
+goes on where it was.
 """
 
 from __future__ import annotations
