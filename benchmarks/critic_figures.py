@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sppo_lightning.figures import calibration_figure, tail_effect_figure
 from sppo_lightning.models import CausalLMPolicy, PromptCritic, TokenCritic
 from sppo_lightning.verification.answers import extract_boxed
 
-BINS = 20  # places along a response, from its first token to its last
+BINS = 20  # parts of a response, from its first token to its last
 
 
 def held_out(policy: CausalLMPolicy, count: int) -> PromptBatch:
@@ -56,8 +57,11 @@ def tail_effect(run: Path, prompts: int) -> tuple[Figure, dict[str, Any]]:
     values = outputs.sigmoid() if is_logit else outputs
     along = np.zeros((len(rollouts), BINS))
     for row, length in enumerate(rollouts.response_mask.sum(1).long().tolist()):
-        places = np.linspace(0, length - 1, BINS)
-        along[row] = np.interp(places, np.arange(length), values[row, :length].numpy())
+        own = values[row, :length].numpy()
+        edges = np.linspace(0, length, BINS + 1)  # in tokens; a part shorter than one has the value of its token
+        along[row] = [
+            own[int(left) : max(int(np.ceil(right)), int(left) + 1)].mean() for left, right in pairwise(edges)
+        ]
     correct, wrong = along[right.numpy()], along[~right.numpy()]
     gap = correct.mean(0) - wrong.mean(0)
     numbers = {"correct": len(correct), "wrong": len(wrong), "gap_start": gap[0], "gap_middle": gap[BINS // 2]}

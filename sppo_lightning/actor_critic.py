@@ -131,6 +131,7 @@ class ActorCritic(PolicyModule):
         So V is there when the responses are, as `batch.value_logits`. A sharded critic is asked later: a thread
         would gather its weights in an order of its own.
         """
+        batch.value_logits = None  # a batch may be used again, when the critic has learned
         if self.critic is None or self.critic.reads != "prompt" or self._critic_is_sharded or not len(batch):
             yield
             return

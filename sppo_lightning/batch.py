@@ -69,12 +69,15 @@ class Rollouts:
         return len(self.prompts)
 
     def _weighted(self, role: str) -> tuple[Tensor, float]:
-        """Sum of `weight × (score − baseline)` over the verifiers of a role, and the sum of the weights."""
-        total = torch.zeros(len(self), dtype=torch.float32, device=self.response_mask.device)
+        """Sum of `weight × (score − baseline)` over the verifiers of a role, float64, and the sum of the weights.
+
+        In float64 the sum for scores of 1 is, bit for bit, that of the weights.
+        """
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.response_mask.device)
         weight = 0.0
         for scores in self.scores.values():
             if scores.role == role:
-                total = total + scores.weight * (scores.values - scores.baseline)
+                total = total + scores.weight * (scores.values.double() - scores.baseline)
                 weight += scores.weight
         return total, weight
 
@@ -82,12 +85,12 @@ class Rollouts:
     def rewards(self) -> Tensor:
         """`R`, `[N]`: weighted mean of the outcome scores, in [0, 1]; NaN where one gave no verdict."""
         total, weight = self._weighted("outcome")
-        return total / weight if weight else torch.full_like(total, torch.nan)
+        return (total / weight if weight else torch.full_like(total, torch.nan)).float()
 
     @property
     def shaping(self) -> Tensor:
         """`[N]`: weighted sum of the centred shaping scores; NaN where any of them gave no verdict."""
-        return self._weighted("shaping")[0]
+        return self._weighted("shaping")[0].float()
 
     @property
     def lengths(self) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.functional import KLEstimator
+from sppo_lightning.objectives import BinaryCrossEntropy
 
 _CRITICS = {
     "prompt": "sppo_lightning.models.PromptCritic, which reads the prompt alone",
@@ -45,6 +46,11 @@ def check_combination(module: Any) -> None:
             f"`model.critic`={'null' if critic is None else type(critic).__name__} does not learn from alone; "
             f"remove it, or set `model.critic` to {_CRITICS['prompt']}."
         )
+    if module.critic_replay is not None and not isinstance(loss, BinaryCrossEntropy):
+        raise InputError(
+            f"`critic_objective`={type(loss).__name__} and `critic_replay` would train the critic by two losses: "
+            "what is replayed counts by binary cross-entropy. Remove one of them."
+        )
     if module.critic_warmup is not None and critic is None:
         raise InputError("`critic_warmup` is set, but there is no `model.critic` to warm up; remove it.")
 
@@ -67,8 +73,15 @@ def check_sampling(module: Any, callbacks: Iterable[Any]) -> None:
                 f"`advantage`={name} needs a greedy response per prompt; set `greedy: true` on RolloutGeneration."
             )
         truncated = sampling.top_p < 1 or sampling.top_k > 0
+        sample_from = getattr(callback, "sample_from", "policy")
+        if module.kl_coef and module.kl_in == "reward" and (truncated or sample_from != "policy"):
+            raise InputError(
+                f"`kl_in`=reward compares the policy that samples with the reference, and RolloutGeneration's "
+                f"`sample_from`={sample_from}, `top_p`={sampling.top_p} and `top_k`={sampling.top_k} sample from "
+                "something else; sample from the whole policy, or use `kl_in: loss`."
+            )
         weighted = module.objective.is_importance_weighted
-        from_sampler = not module.recompute_old_log_probs or getattr(callback, "sample_from", "policy") != "policy"
+        from_sampler = not module.recompute_old_log_probs or sample_from != "policy"
         if truncated and (from_sampler or weighted):
             other = "with another objective, sample" if weighted else "sample"
             raise InputError(

@@ -110,7 +110,7 @@ class Evaluation(Metric):
                 found = self.last_problems[name].metrics()
                 metrics |= {f"val/{name}/{metric}": value for metric, value in found.items()}
             if greedy.any():
-                metrics[f"val/{name}/greedy"] = float(_column(rows[greedy], "reward").mean())
+                metrics[f"val/{name}/greedy"] = float(_problems(rows[greedy]).pass_rates.mean())
         return metrics
 
 
@@ -130,9 +130,10 @@ def _column(rows: Tensor, name: str) -> Tensor:
 
 def _problems(rows: Tensor) -> ProblemTable:
     """The sampled responses `rows`, problem by problem."""
-    places: dict[float, list[int]] = {}
-    for place, problem in enumerate(_column(rows, "problem").tolist()):
-        places.setdefault(problem, []).append(place)
+    places: dict[tuple[float, float], list[int]] = {}
+    keys = zip(_column(rows, "dataset").tolist(), _column(rows, "problem").tolist(), strict=True)
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
     groups = [rows[found] for found in places.values()]
     return ProblemTable(
         rewards=[_column(group, "reward") for group in groups],

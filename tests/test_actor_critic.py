@@ -15,6 +15,7 @@ from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
 from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.errors import InputError
+from sppo_lightning.optim import GroupOptimizer
 
 PROMPTS = ["1 + 2 =", "8 8", "4 ; 4 ; 4"]
 
@@ -117,3 +118,20 @@ def test_an_error_in_sampling_is_not_hidden_by_the_critic():
     with pytest.raises(RuntimeError, match="^no memory$"):
         fit(SPPOModule(make_policy(), make_critic()), Breaks())
     assert threading.active_count() == threads
+
+
+def test_a_batch_that_is_used_again_gets_the_v_of_what_the_critic_has_learned():
+    found = []
+
+    class Keeps(SPPOModule):
+        def critic_values(self, batch: PromptBatch) -> Any:
+            values = super().critic_values(batch)
+            found.append(values[0])
+            return values
+
+    module = Keeps(make_policy(), make_critic(), critic_optimizer=GroupOptimizer(lr=0.1))
+    sampling = Sampling(max_new_tokens=5)
+    batches = [make_batch(module.policy, PROMPTS)]  # type: ignore[arg-type]
+    make_trainer(RolloutGeneration(sampling), AnyDigit(), max_epochs=2).fit(module, loader(*batches))
+    assert len(found) == 2
+    assert (found[0] - found[1]).abs().min() > 1e-3

@@ -44,6 +44,12 @@ def test_the_reward_is_the_weighted_mean_of_the_outcomes():
     assert made.rewards.tolist() == [0.875, 0.25, 0.75]
 
 
+@pytest.mark.parametrize("weights", [(0.1, 0.6), (0.3, 0.6), (0.8, 0.1), (0.7, 0.9), (1 / 3, 1 / 7)])
+def test_full_marks_by_all_verifiers_are_exactly_1(weights: tuple[float, float]):
+    first, second = (([1.0, 0.0, 1.0], weight, "outcome", 0.0) for weight in weights)
+    assert scored(first=first, second=second).rewards.tolist() == [1.0, 0.0, 1.0]
+
+
 def test_shaping_is_the_weighted_sum_above_the_baselines():
     made = scored(
         exact=([1.0, 0.0, 1.0], 3.0, "outcome", 0.0),

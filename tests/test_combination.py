@@ -17,7 +17,12 @@ from sppo_lightning.advantages import (
 from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
-from sppo_lightning.objectives import ClippedSquaredError, ImportanceWeightedObjective, SequenceClipObjective
+from sppo_lightning.objectives import (
+    BinaryCrossEntropy,
+    ClippedSquaredError,
+    ImportanceWeightedObjective,
+    SequenceClipObjective,
+)
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.warmup import CriticWarmup
 
@@ -111,6 +116,34 @@ def test_importance_weights_of_a_truncated_distribution(generation: RolloutGener
         f"`top_p`={generation.sampling.top_p} and `top_k`={generation.sampling.top_k} of RolloutGeneration's "
         "`sampling` cut tokens off: the sampler's log-probabilities are not the policy's, and their ratio is biased; "
         f"use top_p 1 and top_k 0, or {other} from the policy with `recompute_old_log_probs: true`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("generation", "sampled"),
+    [
+        (RolloutGeneration(Sampling(top_p=0.9)), "`sample_from`=policy, `top_p`=0.9 and `top_k`=0"),
+        (RolloutGeneration(sample_from="reference"), "`sample_from`=reference, `top_p`=1.0 and `top_k`=0"),
+    ],
+)
+def test_a_penalty_in_the_reward_that_would_be_of_another_policy(generation: RolloutGeneration, sampled: str):
+    assert refused_at_setup(generation, kl_coef=0.1, kl_in="reward") == (
+        f"`kl_in`=reward compares the policy that samples with the reference, and RolloutGeneration's {sampled} "
+        "sample from something else; sample from the whole policy, or use `kl_in: loss`."
+    )
+
+
+def test_replay_by_another_loss_than_the_critics():
+    class Own(BinaryCrossEntropy.__base__):  # type: ignore[name-defined, misc]
+        critics = frozenset({"prompt"})
+
+        def __call__(self, *_: Any) -> Any: ...
+
+        def predict(self, outputs: Any) -> Any: ...
+
+    assert refused(make_critic(), critic_objective=Own(), critic_replay=CriticReplay()) == (
+        "`critic_objective`=Own and `critic_replay` would train the critic by two losses: what is replayed counts by "
+        "binary cross-entropy. Remove one of them."
     )
 
 

@@ -273,3 +273,15 @@ def test_the_table_of_metrics():
         "all": ["0.250", "–"],
     }
     assert list(columns)[-1] == "all"
+
+
+def test_greedy_counts_problems_and_not_rows():
+    greedy = scored(("a", 1.0), ("a", 1.0), ("a", 1.0), ("b", 0.0))  # a stands in the file three times
+    metrics = report(["sums"], (0, scored(("a", 1.0), ("b", 0.0)), None), (0, greedy, None, True))
+    assert metrics["val/sums/greedy"] == pytest.approx(0.5)
+
+
+def test_a_question_in_two_data_sets_is_two_problems():
+    metrics = report(["one", "two"], (0, scored(("a", 1.0), ("b", 0.0)), None), (1, scored(("a", 0.0)), None))
+    assert metrics["val/all/avg@1"] == pytest.approx(1 / 3)
+    assert metrics["val/all/pass@1"] == pytest.approx(1 / 3)
