@@ -1,11 +1,15 @@
 import logging
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from tiny import Recites, TableVerifier, loader, make_batch, make_critic, make_policy, make_trainer
 
+from sppo_lightning import SPPOModule
 from sppo_lightning.errors import InputError
+from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.warmup import CriticWarmup
 
 GOOD = {"critic/brier_skill": torch.tensor(0.25), "critic/auroc": torch.tensor(0.75)}
@@ -127,3 +131,37 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], sentence: str):
     with pytest.raises(InputError) as raised:
         CriticWarmup(**settings)
     assert str(raised.value) == sentence
+
+
+def test_a_run_waits_for_the_skill_that_it_measures():
+    class Watches(SPPOModule):
+        """Notes, before each iteration, the policy's first weight and whether it is held still."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            self.seen: list[tuple[float, bool]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            assert self.critic_warmup is not None
+            weight = next(self.policy.parameters()).flatten()[0].item()
+            self.seen.append((weight, self.critic_warmup.running))
+            super().training_step(batch, batch_idx)
+
+    def moved_in(floor: float) -> list[bool]:
+        cases = {"1 + 2 =": ["3 <eos>"], "4 4": ["5 <eos>"], "a b": ["c <eos>"], "d": ["7 <eos>"]}
+        right = {(p, r.removesuffix(" <eos>")): float(p in ("1 + 2 =", "d")) for p, [r] in cases.items()}
+        quick = GroupOptimizer(lr=0.05, weight_decay=0.0)
+        warmup = CriticWarmup(min_brier_skill=floor, max_updates=1000)
+        module = Watches(make_policy(), make_critic(zero=True), critic_optimizer=quick, critic_warmup=warmup)
+        batches = [make_batch(module.policy, list(cases)) for _ in range(12)]  # type: ignore[arg-type]
+        make_trainer(Recites(cases), TableVerifier(right)).fit(module, loader(*batches))
+        start = module.seen[0][0]
+        assert [held for _, held in module.seen] == sorted((held for _, held in module.seen), reverse=True)
+        for (weight, held), (later, _) in pairwise(module.seen):
+            assert (later == weight == start) == held  # it stands still as long as it is held, and no longer
+        return [held for _, held in module.seen]
+
+    early, late = moved_in(0.1), moved_in(0.9)
+    # V = 1/2 has a skill of 0 on two right and two wrong, so nobody may pass in the first iteration
+    assert early[:2] == [True, True]
+    assert sum(early) < sum(late) < len(late)
