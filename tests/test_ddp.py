@@ -1,6 +1,7 @@
 """One process or two: the same losses, weights and validation metrics."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import make_chain_policy, make_chain_sppo, make_trainer
+from tiny import CHAIN_WORDS, TinyTokenCritic, make_chain_policy, make_chain_sppo, make_trainer
+from transformers import PreTrainedTokenizerBase
 
 from sppo_lightning import SFTModule
+from sppo_lightning.advantages import GAE, GroupAdvantage, LeaveOneOutAdvantage
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import RolloutGeneration, Verifier
 from sppo_lightning.data import ChainTask, PromptDataModule, PromptSource
 from sppo_lightning.engines import Sampling
+from sppo_lightning.models.tiny import word_tokenizer
+from sppo_lightning.objectives import SequenceClipObjective
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.shrinkage import ShrunkSequenceAdvantage
 
@@ -29,6 +34,14 @@ class Given(PromptSource):
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         return self.given
+
+
+class ChainTokenCritic(TinyTokenCritic):
+    """Reads the words of the chain task."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return word_tokenizer(CHAIN_WORDS.split())
 
 
 class Parity(Verifier):
@@ -49,6 +62,7 @@ def run(
     devices: int, silent: int = 0, folder: Path | None = None, max_steps: int = 4, **settings: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     seed_everything(5, verbose=False)
+    samples = settings.pop("samples", 1)
     module = make_chain_sppo(1e-3, micro_batch_tokens=24, **settings)
     data = PromptDataModule(
         train=ChainTask({"1-3": 1.0}, size=24),
@@ -60,7 +74,10 @@ def run(
     strategy: dict[str, Any] = {"strategy": "ddp_fork"} if devices > 1 else {}
     saved = [] if folder is None else [ModelCheckpoint(folder, f"{devices}", every_n_train_steps=max_steps)]
     trainer = make_trainer(
-        RolloutGeneration(Sampling(max_new_tokens=8), validation=Sampling(max_new_tokens=8, samples_per_prompt=3)),
+        RolloutGeneration(
+            Sampling(max_new_tokens=8, samples_per_prompt=samples),
+            validation=Sampling(max_new_tokens=8, samples_per_prompt=3),
+        ),
         Parity(silent),
         *saved,
         devices=devices,
@@ -90,6 +107,38 @@ def test_two_processes_do_what_one_does(silent: int) -> None:
     assert {"policy/loss", "critic/loss", "policy/grad_norm", "val/few/avg@3"} <= set(compared)
     for name in compared:
         assert same[name] == pytest.approx(metrics[name], abs=2e-6), name
+
+
+def grpo() -> dict[str, Any]:
+    """Four responses per prompt; KL in the loss, for which a reference is loaded."""
+    return {"critic": None, "advantage": GroupAdvantage(), "mini_batch_size": 16, "kl_coef": 0.1, "samples": 4}
+
+
+def rloo() -> dict[str, Any]:
+    """Four responses per prompt, KL in the reward."""
+    penalty = {"kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"}
+    return {"critic": None, "advantage": LeaveOneOutAdvantage(), "mini_batch_size": 16, "samples": 4, **penalty}
+
+
+def ppo() -> dict[str, Any]:
+    """Advantages per token, whitened over all ranks."""
+    return {"critic": ChainTokenCritic(), "advantage": GAE()}
+
+
+def article() -> dict[str, Any]:
+    """One ratio per response, against the reference."""
+    return {"objective": SequenceClipObjective(normalize="none", against="reference")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [grpo, rloo, ppo, article])
+def test_every_family_does_on_two_processes_what_it_does_on_one(family: Callable[[], dict[str, Any]]) -> None:
+    (one, metrics), (two, same) = run(1, **family()), run(2, **family())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0.0, msg=lambda m, n=name: f"{n}: {m}")
+    for name in metrics:
+        if name.split("/")[0] in ("policy", "critic", "reward", "advantage"):
+            assert same[name] == pytest.approx(metrics[name], abs=5e-6, nan_ok=True), name
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -141,14 +141,10 @@ def make_chain_policy(lora: LoRA | None = None) -> TinyPolicy:
 def make_chain_sppo(learning_rate: float, lora: LoRA | None = None, **settings: Any) -> SPPOModule:
     """SPPO on the chain task, in mini-batches of 4."""
     rate = GroupOptimizer(lr=learning_rate)
-    return SPPOModule(
-        make_chain_policy(lora),
-        make_critic(words=CHAIN_WORDS, lora=lora),
-        policy_optimizer=rate,
-        critic_optimizer=rate,
-        mini_batch_size=4,
-        **settings,
-    )
+    chosen: dict[str, Any] = {"policy_optimizer": rate, "critic_optimizer": rate, "mini_batch_size": 4} | settings
+    if "critic" not in chosen:
+        chosen["critic"] = make_critic(words=CHAIN_WORDS, lora=lora)
+    return SPPOModule(make_chain_policy(lora), **chosen)
 
 
 def make_batch(policy: TinyPolicy, texts: Sequence[str], gold: str = "5", first_row: int = 0) -> PromptBatch:
