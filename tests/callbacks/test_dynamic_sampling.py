@@ -13,8 +13,9 @@ from scripted_run import BAD, GOOD, OPEN, PAIR, Calls, GivesSpares, RowAsScore, 
 from tiny_run import Words, data, sppo, trainer_of
 from toy_pipeline import Recites, Scored, Toy, loader
 
-from sppo_lightning.batch import PromptBatch
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import DynamicSampling, RolloutGeneration
+from sppo_lightning.callbacks.dynamic_sampling import replace_prompts
 from sppo_lightning.data import PromptDataModule
 from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
@@ -259,3 +260,15 @@ def test_what_it_needs_is_said_at_setup(tmp_path: Path):
         "`DynamicSampling.max_rounds`=0 samples nothing anew; use 1 or more, or leave DynamicSampling out of "
         "`trainer.callbacks`."
     )
+
+
+def test_v_goes_with_its_prompt():
+    batches = [
+        PromptBatch([Prompt(str(i), "", "given", i) for i in rows], [[i] for i in rows], list(rows))
+        for rows in ((0, 1, 2), (7, 8))
+    ]
+    batch, spare = batches
+    batch.value_logits, spare.value_logits = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([7.0, 8.0])
+    replace_prompts(batch, {1: 1, 2: 0}, spare)
+    assert [prompt.row for prompt in batch.prompts] == [0, 8, 7]
+    assert batch.value_logits.tolist() == [0.0, 8.0, 7.0]
