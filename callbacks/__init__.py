@@ -1,5 +1,6 @@
 """The pipeline's stages and everything a user adds to it."""
 
+from sppo_lightning.callbacks.code_verifier import CodeVerifier
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
@@ -16,6 +17,7 @@ from sppo_lightning.callbacks.sample_log import SampleLog
 from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
+    "CodeVerifier",
     "CompletionWriter",
     "CriticCalibration",
     "DynamicSampling",

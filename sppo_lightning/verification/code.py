@@ -1,0 +1,284 @@
+"""Whether a program does what its tests say, without trusting a word of it.
+
+A submission runs in a sandbox and never sees what is expected of it: inputs go in, values of exact builtin types or
+printed text come out, and are compared here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sppo_lightning.verification.sandbox import NotPlain, Sandbox, SandboxFailure, decode, encode
+
+Status = Literal["passed", "failed", "error", "timeout", "memory", "output", "crashed"]
+
+
+@dataclass(frozen=True)
+class TestReport:
+    """What came of a submission's tests.
+
+    `status` is "passed" where all passed; else what happened most often among the others: "failed" (a wrong value
+    or text), "error" (it raised, or ended early), "timeout", "memory", "output" (too much of it) or "crashed"
+    (killed by a signal).
+    """
+
+    __test__ = False  # for pytest, which collects classes by their names
+
+    passed: int
+    total: int
+    status: Status
+    seconds: float  # CPU time of all cases, as the kernel accounted it
+    cases: tuple[Status, ...] = ()  # of each, in order
+
+    @property
+    def fraction(self) -> float:
+        """Share of the cases that passed."""
+        return self.passed / self.total
+
+
+def run_tests(
+    submission: str, tests: Mapping[str, Any], *, timeout_seconds: float = 5.0, memory_mb: int = 512
+) -> TestReport:
+    """Run a submission against its tests in the sandbox.
+
+    Args:
+        submission: Python source.
+        tests: `{"kind": "function", "fn": "add" or "Solution.add", "cases": [{"args": […], "expected": …}]}`,
+            `{"kind": "stdio", "cases": [{"stdin": "…", "stdout": "…"}]}`, or
+            `{"kind": "asserts", "code": "assert sq(3) == 9"}`.
+        timeout_seconds: Wall-clock time of all cases together.
+        memory_mb: Address space of a case.
+
+    Raises:
+        ValueError: For tests that are none.
+        SandboxFailure: Where the sandbox failed; that says nothing about the submission.
+        InputError: Where there is no sandbox on this machine.
+    """
+    return check(Sandbox(memory_mb), submission, tests, timeout_seconds, at_once=os.cpu_count() or 1)
+
+
+def check(
+    sandbox: Sandbox, submission: str, tests: Mapping[str, Any], timeout_seconds: float, at_once: int
+) -> TestReport:
+    """`run_tests` in a given sandbox, so many cases side by side."""
+    job, judges = plan(tests)
+    outcomes = sandbox.run({**job, "submission": submission}, timeout_seconds, at_once)
+    cases = tuple(_status(outcome, judge) for outcome, judge in zip(outcomes, judges, strict=True))
+    passed = cases.count("passed")
+    others: Counter[Status] = Counter(status for status in cases if status != "passed")
+    status: Status = others.most_common(1)[0][0] if others else "passed"
+    return TestReport(passed, len(cases), status, sum(outcome["seconds"] for outcome in outcomes), cases)
+
+
+def last_code_block(response: str) -> str | None:
+    """The content of the last closed block fenced as Python, or as nothing, in what follows `</think>`; or None."""
+    found: str | None = None
+    fenced: list[str] | None = None  # the lines of the open block
+    is_python = False
+    for line in response.rpartition("</think>")[2].split("\n"):
+        mark = line.strip()
+        if fenced is None and mark.startswith("```"):
+            fenced, is_python = [], mark[3:].strip().lower() in ("", "python", "python3", "py")
+        elif fenced is not None and mark == "```":
+            found, fenced = ("\n".join(fenced) if is_python else found), None
+        elif fenced is not None:
+            fenced.append(line)
+    return found
+
+
+Judge = Callable[[Any], bool]  # of a decoded value, or of printed text
+
+
+def plan(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+    """The job for the sandbox, which holds no expected value, and what judges each case; raises `ValueError`."""
+    kinds: dict[Any, Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[Judge]]]] = {
+        "function": _plan_function,
+        "stdio": _plan_stdio,
+        "asserts": _plan_asserts,
+    }
+    kind = tests.get("kind")
+    if kind not in kinds:
+        raise ValueError(f"Tests of the kind {kind!r} are not known; use function, stdio or asserts.")
+    try:
+        job, judges = kinds[kind](tests)
+    except (KeyError, TypeError, NotPlain) as error:
+        raise ValueError(f"Tests of the kind {kind!r} lack something, or have too much of it: {error}.") from error
+    if not judges:
+        raise ValueError(f"Tests of the kind {kind!r} without a case say nothing.")
+    return job, judges
+
+
+def _plan_function(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+    name = tests["fn"]
+    if not isinstance(name, str) or not 1 <= len(name.split(".")) <= 2:
+        raise ValueError(f"`fn`={name!r} is neither a function nor a class's method, such as Solution.add.")
+    cases = [{"args": encode(list(case["args"]))} for case in tests["cases"]]
+    judges = [_equals(case["expected"]) for case in tests["cases"]]
+    return {"kind": "function", "fn": name, "cases": cases}, judges
+
+
+def _plan_stdio(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+    cases = [_text(case["stdin"]) for case in tests["cases"]]
+    judges = [_prints(_text(case["stdout"])) for case in tests["cases"]]
+    return {"kind": "stdio", "cases": cases}, judges
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _plan_asserts(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+    """A case for each `assert`: both sides of a comparison leave the sandbox and are compared here.
+
+    Other statements set up what follows them. One that holds asserts inside (a loop, a `try`) is a case of its own,
+    and the only kind that the submission's process itself says to have passed.
+    """
+    try:
+        body = ast.parse(tests["code"]).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"`code` of the tests cannot be parsed: {error}") from error
+    setup: list[ast.stmt] = []
+    cases: list[dict[str, str]] = []
+    judges: list[Judge] = []
+    for statement in _flat(body):
+        before = ast.unparse(ast.Module(setup, []))
+        if isinstance(statement, ast.Assert):
+            expression, judge = _question(statement.test)
+            cases.append({"setup": before, "expression": expression})
+            judges.append(judge)
+        elif _asserts(statement) and not isinstance(statement, _DEFINITIONS):
+            cases.append({"setup": before, "statement": ast.unparse(statement)})
+            judges.append(lambda value: value is True)
+        else:
+            setup.append(statement)
+    return {"kind": "asserts", "cases": cases}, judges
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements, with the body of `def check(candidate)` in the place of a call `check(add)` (HumanEval)."""
+    checks: dict[str, ast.FunctionDef] = {}
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef) and _asserts(statement) and len(statement.args.args) == 1:
+            checks[statement.name] = statement
+            continue
+        call = statement.value if isinstance(statement, ast.Expr) else None
+        name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+        if isinstance(call, ast.Call) and name in checks and len(call.args) == 1 and not call.keywords:
+            parameter = ast.Name(checks[name].args.args[0].arg, ast.Store())
+            yield ast.fix_missing_locations(ast.Assign([parameter], call.args[0], lineno=0))
+            yield from _flat(checks[name].body)
+        else:
+            yield statement
+
+
+def _asserts(statement: ast.stmt) -> bool:
+    return any(isinstance(node, ast.Assert) for node in ast.walk(statement))
+
+
+def _question(test: ast.expr) -> tuple[str, Judge]:
+    """The expression whose value the sandbox is asked for, and what makes it right."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        expression, judge = _question(test.operand)
+        return expression, lambda value: not judge(value)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
+        compare = _COMPARISONS[type(test.ops[0])]
+        try:
+            expected = ast.literal_eval(test.comparators[0])
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            both = ast.Tuple([test.left, test.comparators[0]], ast.Load())
+            return ast.unparse(both), lambda value: compare(value[0], value[1])
+        return ast.unparse(test.left), lambda value: compare(value, expected)
+    return ast.unparse(test), bool
+
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+    ast.Is: lambda a, b: a is b or (type(a) is type(b) and type(a) in (bool, int, str) and a == b),
+    ast.IsNot: lambda a, b: a is not b and not (type(a) is type(b) and a == b),
+}
+
+
+def _status(outcome: Mapping[str, Any], judge: Judge) -> Status:
+    """What one case came to."""
+    status = outcome["status"]
+    if status in ("timeout", "output"):
+        return status
+    if status == "killed":
+        return "crashed"
+    try:
+        said = json.loads(outcome["said"])
+        if said.get("error") == "MemoryError":
+            return "memory"
+        if outcome["code"] != 0 or "error" in said:
+            return "error"
+        answer = outcome["printed"] if "printed" in outcome else decode(said["value"])
+    except (ValueError, KeyError, AttributeError, RecursionError, NotPlain):
+        if "printed" not in outcome or outcome["code"] != 0:
+            return "error"  # it ended early, or wrote into the pipe itself
+        answer = outcome["printed"]
+    try:
+        return "passed" if judge(answer) else "failed"
+    except (TypeError, ValueError, LookupError, RecursionError, OverflowError):
+        return "failed"
+
+
+def _equals(expected: Any) -> Judge:
+    return lambda value: equal(value, expected)
+
+
+def equal(value: Any, expected: Any) -> bool:
+    """Whether a plain value is the expected one.
+
+    A tuple is as good as a list, since JSON knows no tuples; a whole float is as good as an int, a bool is not.
+    Floats agree to nine digits.
+    """
+    if isinstance(value, bool) or isinstance(expected, bool):
+        return isinstance(value, bool) and isinstance(expected, bool) and value == expected
+    if isinstance(value, int | float) and isinstance(expected, int | float):
+        if isinstance(value, int) and isinstance(expected, int):
+            return value == expected
+        if math.isnan(value) or math.isnan(expected):
+            return math.isnan(value) and math.isnan(expected)
+        return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
+    if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
+        return len(value) == len(expected) and all(equal(a, b) for a, b in zip(value, expected, strict=True))
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(equal(value[key], expected[key]) for key in expected)
+    if isinstance(value, frozenset) and isinstance(expected, set | frozenset):
+        return value == expected
+    return type(value) is type(expected) and value == expected
+
+
+def _prints(expected: str) -> Judge:
+    wanted = _lines(expected)
+    return lambda printed: _lines(printed) == wanted
+
+
+def _lines(text: str) -> Sequence[str]:
+    """Lines without the white space at their ends, and without empty ones at the end."""
+    lines = [line.rstrip() for line in text.replace("\r\n", "\n").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+__all__ = ["SandboxFailure", "Status", "TestReport", "check", "equal", "plan", "run_tests"]

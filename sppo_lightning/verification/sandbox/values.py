@@ -1,0 +1,68 @@
+"""Plain values as JSON that keeps their types; runs on both sides of the sandbox, on the standard library alone.
+
+Only exact builtins pass: an instance of a subclass, whose `__eq__` could say anything, does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_DEPTH, MAX_VALUES = 100, 200_000
+
+
+class NotPlain(TypeError):
+    """A value that is no plain data, or too much of it."""
+
+
+def encode(value: Any) -> Any:
+    """What JSON can hold of `value`; raises `NotPlain`."""
+    count = 0
+
+    def walk(value: Any, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        kind = type(value)
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise NotPlain("a value nested too deeply or too large")
+        if value is None or kind is bool or kind is str:
+            return value
+        if kind is int:
+            return value if -(2**53) < value < 2**53 else {"int": hex(value)}
+        if kind is float:
+            return {"float": value.hex()}
+        if kind is list or kind is tuple or kind is set or kind is frozenset:
+            name = "set" if kind is frozenset else kind.__name__
+            return {name: [walk(entry, depth + 1) for entry in value]}
+        if kind is dict:
+            return {"dict": [[walk(k, depth + 1), walk(v, depth + 1)] for k, v in value.items()]}
+        if kind is bytes:
+            return {"bytes": value.hex()}
+        raise NotPlain(f"a value of type {kind.__name__}")
+
+    return walk(value, 0)
+
+
+def decode(found: Any, depth: int = 0) -> Any:
+    """The value that was encoded; raises `NotPlain` for what `encode` never gives."""
+    if depth > MAX_DEPTH + 1:
+        raise NotPlain("a value nested too deeply")
+    if found is None or isinstance(found, bool | int | str):
+        return found
+    if not isinstance(found, dict) or len(found) != 1:
+        raise NotPlain("no encoded value")
+    ((kind, content),) = found.items()
+    try:
+        if kind == "int":
+            return int(content, 16)
+        if kind == "float":
+            return float.fromhex(content)
+        if kind == "bytes":
+            return bytes.fromhex(content)
+        if kind in ("list", "tuple", "set"):
+            entries = [decode(entry, depth + 1) for entry in content]
+            return {"list": list, "tuple": tuple, "set": frozenset}[kind](entries)
+        if kind == "dict":
+            return {decode(k, depth + 1): decode(v, depth + 1) for k, v in content}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise NotPlain(f"no encoded {kind}") from error
+    raise NotPlain("no encoded value")
