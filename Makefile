@@ -6,13 +6,14 @@ STAMP = $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_REQUIRE_VIRTUALENV = 1
 
-.PHONY: help quickstart test slow lint wheel clean install
+.PHONY: help quickstart test slow sandbox lint wheel clean install
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, warm-start a tiny model, improve it with SPPO, show the result (about 7 minutes)"
 	@echo "make test         install and run the tests (about 5 minutes)"
 	@echo "make slow         the tests that take longer"
+	@echo "make sandbox      the tests that run submitted code; they need bubblewrap (Debian: apt install bubblewrap)"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and the source archive into dist/"
 
@@ -22,11 +23,16 @@ quickstart: install
 
 test: install
 	@echo "==> tests"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not sandbox" -n 2
 
 slow: install
 	@echo "==> slow tests"
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2
+
+sandbox: install
+	@command -v bwrap >/dev/null || { echo "These tests need bubblewrap; install it (Debian and Ubuntu: apt install bubblewrap)."; exit 1; }
+	@echo "==> attacks on the sandbox"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m sandbox
 
 lint: install
 	$(RUN) -m ruff check .

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sppo_lightning"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
-FILES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")])  # callbacks/ among them, through the symlink
+FILES = sorted(
+    [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py"), *PACKAGE.glob("*/*/*.py")]
+)  # callbacks/ among them, through the symlink
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -30,7 +32,8 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def test_every_package_is_shipped():
-    found = {"sppo_lightning"} | {f"sppo_lightning.{file.parent.name}" for file in PACKAGE.glob("*/__init__.py")}
+    folders = [file.parent for file in FILES if file.name == "__init__.py"]
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert sorted(PACKAGES) == sorted(found)
 
 

@@ -279,6 +279,3 @@ def _lines(text: str) -> Sequence[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
-
-
-__all__ = ["SandboxFailure", "Status", "TestReport", "check", "equal", "plan", "run_tests"]

@@ -8,6 +8,7 @@ from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import CodeVerifier, RolloutGeneration
 from sppo_lightning.errors import InputError
 
+pytestmark = pytest.mark.sandbox
 CASES = [{"args": [1, 2], "expected": 3}, {"args": [-1, 1], "expected": 0}]
 ADD = {"kind": "function", "fn": "add", "cases": CASES}
 RIGHT = "Here it is.\n```python\ndef add(a, b):\n    return a + b\n```"

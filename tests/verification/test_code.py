@@ -28,6 +28,7 @@ def asserts(code: str) -> dict[str, Any]:
     return {"kind": "asserts", "code": code}
 
 
+@pytest.mark.sandbox
 @pytest.mark.parametrize(
     ("submission", "tests", "passed"),
     [
@@ -60,6 +61,7 @@ def test_what_passes(submission: str, tests: dict[str, Any], passed: int):
     assert 0 < report.seconds < 5
 
 
+@pytest.mark.sandbox
 @pytest.mark.parametrize(
     ("submission", "tests", "status"),
     [
@@ -85,6 +87,7 @@ def test_what_does_not(submission: str, tests: dict[str, Any], status: str):
     assert (report.passed, report.status) == (0, status)
 
 
+@pytest.mark.sandbox
 def test_an_endless_case_takes_no_other_with_it():
     tests = function("f", ([0], 0), ([1], 1), ([2], 2))
     report = run_tests("def f(n):\n    while n == 1:\n        pass\n    return n", tests, timeout_seconds=1.0)

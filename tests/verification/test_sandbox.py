@@ -15,6 +15,7 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.verification.code import TestReport, run_tests
 from sppo_lightning.verification.sandbox import Sandbox, SandboxFailure, check_sandbox, decode, encode, launch
 
+pytestmark = pytest.mark.sandbox
 TESTS = {"kind": "function", "fn": "f", "cases": [{"args": [1], "expected": "the right answer"}]}
 
 
