@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sppo_lightning.verification.sandbox import NotPlain, Sandbox, SandboxFailure, decode, encode
+from sppo_lightning.verification.sandbox import NotPlain, Sandbox, decode, encode
 
 Status = Literal["passed", "failed", "error", "timeout", "memory", "output", "crashed"]
 
