@@ -2,10 +2,10 @@
 
 Two protocols. `prompts` is the paper's: every method sees the same prompts per iteration, so GRPO samples eight
 times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
-with four runs for every method, of the policy alone or, where there is a critic, of both, and with a fifth where
-the best lies at the edge, on a warm start that is not raced. The rest of the family follows with one run each, at
-the rates of the nearest racer. Every run has a core to itself. Finished runs are kept: started again, the script
-goes on where it was.
+with the same budget for every method: four runs, of the policy's rate alone or, where there is a critic, of both, and
+a fifth where the best lies at the edge; the best two run on a second warm start, and the mean of both decides. Neither
+warm start is raced. The rest of the family follows with one run each, at the rates of the nearest racer. Every run
+has a core to itself. Finished runs are kept: started again, the script goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROMPTS, UPDATES = 128, 2  # per iteration
 # of the policy and of the critic: as many pairs for a method with a critic as for one without
 RATES_ALONE = ((1.5e-4, None), (3e-4, None), (6e-4, None), (1.2e-3, None))
 RATES_OF_BOTH = ((3e-4, 1e-3), (3e-4, 3e-3), (6e-4, 1e-3), (6e-4, 3e-3))
-SCAN_SEED = 100  # of the warm start on which learning rates are chosen
+SCAN_SEEDS = (100, 101)  # of the warm starts on which learning rates are chosen
 CORES: Queue[int] = Queue()  # that no run is on
 for _core in sorted(os.sched_getaffinity(0)):
     CORES.put(_core)
@@ -218,14 +218,14 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(task, *rows))
 
-    side_by_side(lambda seed: warm_start(folder / "warm_starts", seed), [SCAN_SEED, *seeds])
+    side_by_side(lambda seed: warm_start(folder / "warm_starts", seed), [*SCAN_SEEDS, *seeds])
     pairs = [(m, p) for m in chosen for p in ("prompts", "samples") if m.responses > 1 or p == "prompts"]
 
-    def scanned(method: Method, protocol: str, rates: tuple[float, float | None]) -> Run:
-        return Run(method, protocol, rates, SCAN_SEED, arguments.scan_seconds, samples=4, validations=3)
+    def scanned(method: Method, protocol: str, rates: tuple[float, float | None], seed: int = SCAN_SEEDS[0]) -> Run:
+        return Run(method, protocol, rates, seed, arguments.scan_seconds, samples=4, validations=3)
 
-    def best_of(runs: list[Run]) -> tuple[float, float | None]:
-        return max(runs, key=lambda run: report.scan_score(folder / run.folder)).rates
+    def score(run: Run) -> float:
+        return report.scan_score(folder / run.folder)
 
     scan = {
         (method, protocol): [scanned(method, protocol, rates) for rates in grid(method)]
@@ -234,13 +234,23 @@ def main() -> None:
     }
     side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
     for (method, protocol), runs in scan.items():  # one step further where the best lies at the edge
-        policy, critic = best_of(runs)
+        policy, critic = max(runs, key=score).rates
         tried = [run.rates[0] for run in runs]
         if policy in (min(tried), max(tried)):
             further = policy * 2 if policy == max(tried) else policy / 2
             runs.append(scanned(method, protocol, (further, critic)))
     side_by_side(lambda run: race(run, folder), [run for runs in scan.values() for run in runs])
-    best = {(method.name, protocol): best_of(runs) for (method, protocol), runs in scan.items()}
+    finals = {
+        pair: [(run, scanned(*pair, run.rates, SCAN_SEEDS[1])) for run in sorted(runs, key=score)[-2:]]
+        for pair, runs in scan.items()
+    }
+    side_by_side(lambda run: race(run, folder), [second for runs in finals.values() for _, second in runs])
+    best = {
+        (method.name, protocol): max(runs, key=lambda both: sum(map(score, both)))[0].rates
+        for (method, protocol), runs in finals.items()
+    }
+    for pair, runs in finals.items():
+        scan[pair] += [second for _, second in runs]
 
     def rates_of(method: Method, protocol: str) -> tuple[float, float | None]:
         name = method.lr_of or method.name
