@@ -2,10 +2,10 @@
 
 Two protocols. `prompts` is the paper's: every method sees the same prompts per iteration, so GRPO samples eight
 times as much. `samples` gives every method the same number of responses per iteration. Learning rates are scanned
-with the same budget for every method: four runs, of the policy's rate alone or, where there is a critic, of both, and
-a fifth where the best lies at the edge; the best two run on a second warm start, and the mean of both decides. Neither
-warm start is raced. The rest of the family follows with one run each, at the rates of the nearest racer. Every run
-has a core to itself. Finished runs are kept: started again, the script goes on where it was.
+with the same budget for every method: four runs, of the policy's rate alone or, where there is a critic, of both,
+and a fifth where the best lies at the edge; the best two run on a second warm start, and the mean of both decides.
+Neither warm start is raced. The rest of the family follows with one run each, at the rates of the nearest racer.
+Every run has a core to itself. Finished runs are kept: started again, the script goes on where it was.
 """
 
 from __future__ import annotations

@@ -142,7 +142,9 @@ def write(
     rows = {key: row(runs) for key, runs in raced.items()}
     result: dict[str, Any] = {"prompts": prompts, "scan": {}, "race": {}}
     for (method, protocol), runs in scanned.items():
-        scores = {"/".join(f"{r:g}" for r in rates if r is not None): scan_score(path) for path, rates in runs}
+        scores: dict[str, list[float]] = {}  # of one or two warm starts
+        for path, rates in runs:
+            scores.setdefault("/".join(f"{r:g}" for r in rates if r is not None), []).append(scan_score(path))
         result["scan"].setdefault(protocol, {})[method] = scores
     for protocol, title in PROTOCOLS.items():
         # a method with one response per prompt is the same in both
