@@ -87,7 +87,5 @@ class SFTModule(PolicyModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on the policy."""
-        optimizer, schedule = build_optimizer(
-            self.trained_modules(), self.lr_schedule, self.warmup_updates, self.trainer.max_steps
-        )
+        optimizer, schedule = build_optimizer(self.trained_modules(), self.lr_schedule, self.trainer.max_steps)
         return [optimizer], [schedule]
