@@ -59,9 +59,19 @@ def succeeds(expression: str, *args: Any) -> Any:
 
 
 def children() -> set[str]:
-    """Processes of the machine that belong to a sandbox, zombies included."""
-    found = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
-    return {line for line in found.splitlines() if "bwrap" in line or "sppo_sandbox" in line}
+    """Processes of the machine that belong to a sandbox, and zombies of this process."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
+        except OSError:
+            continue  # it has ended meanwhile
+        zombie = state == "Z" and (int(parent) == os.getpid() or name == "bwrap")
+        if name == "bwrap" or "sppo_sandbox_runner" in command or zombie:
+            found.add(f"{folder.name} {name} {state} {command}")
+    return found
 
 
 @pytest.fixture(autouse=True)

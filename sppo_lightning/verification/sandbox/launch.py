@@ -67,14 +67,14 @@ class Sandbox:
                 process = self._start(given, errors, told)
             finally:
                 os.close(told)
-            lines = _Watch(process, info).lines(timeout_seconds)
+            watch = _Watch(process, info)
+            lines = watch.lines(timeout_seconds)
             errors.seek(0)
             said = errors.read(2000).decode("utf-8", "replace").strip()
         if not lines or json.loads(lines[0]) != {"ready": True}:
             raise SandboxFailure(said or f"the sandbox did not start; status {process.returncode}")
         found = {entry["case"]: entry for entry in map(json.loads, lines[1:])}
-        said_too_much = sum(map(len, lines)) > REPORT_BYTES
-        lost = {"seconds": 0.0, "status": "output" if said_too_much else "timeout"}
+        lost = {"seconds": 0.0, "status": "output" if len(watch.said) > REPORT_BYTES else "timeout"}
         return [found.get(number, lost) for number in range(len(job["cases"]))]
 
     def _start(self, given: Any, errors: Any, told: int) -> subprocess.Popen[bytes]:
