@@ -35,6 +35,8 @@ def asserts(code: str) -> dict[str, Any]:
         (RIGHT, ADD, 2),
         ("def add(a, b):\n    return a + b if a == 1 else ''", ADD, 1),
         ("class Solution:\n    def add(self, a, b):\n        return a + b", ADD | {"fn": "Solution.add"}, 2),
+        ("class Solution:\n    def f(self, x: List[int]) -> Optional[int]:\n        return max(x)",
+         function("Solution.f", ([[1, 3, 2]], 3)), 1),
         ("import math\ndef f(x):\n    return math.sqrt(x)", function("f", ([2], 2**0.5), ([4], 2)), 2),
         ("def f(x):\n    return tuple(x)", function("f", ([[1, [2]]], [1, [2]])), 1),
         ("def f():\n    return {1: 'a', 'b': [None, True]}", function("f", ([], {1: "a", "b": [None, True]})), 1),

@@ -358,3 +358,19 @@ def test_without_a_sandbox_limits_hold_all_the_same():
         job = {"kind": "function", "fn": "f", "submission": code, "cases": [{"args": encode([])}]}
         (outcome,) = sandbox.run(job, 5.0)
         assert outcome["said"].startswith(expected)
+
+
+@pytest.mark.parametrize("kind", ["set", "dict"])
+def test_keys_that_collide_do_not_stall_the_trainer(kind: str):
+    # written into the pipe by hand, since Python inside would take as long to build it
+    code = f"""
+    import json, os
+    def f(x):
+        keys = [{{"int": hex(k * (2 ** 61 - 1))}} for k in range(1, 25_000)]
+        content = keys if {kind!r} == "set" else [[k, None] for k in keys]
+        os.write(3, json.dumps({{"value": {{{kind!r}: content}}}}).encode())
+        os._exit(0)
+    """
+    start = time.monotonic()
+    assert attack(code, seconds=3.0).status == "error"
+    assert time.monotonic() - start < 3.0

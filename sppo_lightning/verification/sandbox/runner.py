@@ -25,7 +25,9 @@ import string  # noqa: F401
 import sys
 import time
 import types
-import typing  # noqa: F401
+import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sppo_lightning.verification.sandbox import seccomp, values
@@ -141,10 +143,11 @@ def _give_up(job: dict[str, Any], value_pipe: int, pipes: list[tuple[int, int]])
     seccomp.install()
 
 
-def _module(name: str, source: str) -> dict[str, Any]:
+def _module(name: str, source: str, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment] # which `site` adds elsewhere
     module = types.ModuleType(name)
     sys.modules[name] = module
+    module.__dict__.update(given)
     exec(compile(source, "<submission>", "exec"), module.__dict__)
     return module.__dict__
 
@@ -155,7 +158,7 @@ def _run_script(source: str) -> None:
 
 def _evaluate(source: str, job: dict[str, Any], case: dict[str, Any]) -> Any:
     """What the case asks for: a call of the submission's function, or an expression of the tests."""
-    names = _module("submission", source)
+    names = _module("submission", source, {name: getattr(typing, name) for name in typing.__all__})
     if "args" in case:
         owner, _, method = job["fn"].rpartition(".")
         function = getattr(names[owner](), method) if owner else names[method]

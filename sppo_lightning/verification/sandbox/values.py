@@ -58,11 +58,21 @@ def decode(found: Any, depth: int = 0) -> Any:
             return float.fromhex(content)
         if kind == "bytes":
             return bytes.fromhex(content)
-        if kind in ("list", "tuple", "set"):
+        if kind in ("list", "tuple"):
             entries = [decode(entry, depth + 1) for entry in content]
-            return {"list": list, "tuple": tuple, "set": frozenset}[kind](entries)
+            return entries if kind == "list" else tuple(entries)
+        if kind == "set":
+            return frozenset(_spread([decode(entry, depth + 1) for entry in content]))
         if kind == "dict":
-            return {decode(k, depth + 1): decode(v, depth + 1) for k, v in content}
+            keys = _spread([decode(k, depth + 1) for k, _ in content])
+            return dict(zip(keys, (decode(v, depth + 1) for _, v in content), strict=True))
     except (TypeError, ValueError, OverflowError) as error:
         raise NotPlain(f"no encoded {kind}") from error
     raise NotPlain("no encoded value")
+
+
+def _spread(keys: list[Any]) -> list[Any]:
+    """The keys, unless most share a hash: a set of multiples of 2**61 - 1 takes quadratic time to build."""
+    if len({hash(key) for key in keys}) * 4 < len(keys):
+        raise NotPlain("keys that collide")
+    return keys
