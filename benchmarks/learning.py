@@ -67,6 +67,7 @@ METHODS = [
     Method("ReMax", "remax", 1, 2),
     Method("PPO", "ppo", critic=True),
     Method("PPO, BCE", "ppo_bce", critic=True),
+    Method("SPPO, gated", "sppo_gated", critic=True, lr_of="SPPO"),
     Method("SPPO, shrinkage", "sppo_shrinkage", critic=True, lr_of="SPPO"),
     Method("SPPO, replay", "sppo_critic_replay", critic=True, lr_of="SPPO"),
 ]
@@ -280,6 +281,7 @@ def main() -> None:
             for group in (raced, scan, {(run.method, run.protocol): [run] for run in family})
         ),
         pass_rates.report(models, figures),
+        {method.name for method in METHODS if method.lr_of},
         folder,
         figures,
     )

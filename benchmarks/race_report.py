@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,18 @@ def signal_variance(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write(
-    raced: Runs, scanned: Runs, family: Runs, prompts: Mapping[str, Any], folder: Path, figures: Path
+    raced: Runs,
+    scanned: Runs,
+    family: Runs,
+    prompts: Mapping[str, Any],
+    variants: Collection[str],
+    folder: Path,
+    figures: Path,
 ) -> None:
     """Tables on the terminal, `race.json` in `folder`, and a figure per axis in `figures`.
 
-    `prompts` says how hard the prompts are (`pass_rates.report`).
+    `prompts` says how hard the prompts are (`pass_rates.report`); `variants` are methods that stand in the tables
+    and not in the figures.
     """
     rows = {key: row(runs) for key, runs in raced.items()}
     result: dict[str, Any] = {"prompts": prompts, "scan": {}, "race": {}}
@@ -158,7 +165,7 @@ def write(
         show_learning(methods, f"{title}; GRPO's best mean accuracy {goal:.3f}")
         show_cost(methods, title)
         for x in ("seconds", "samples"):
-            drawn = {m: [Curve(**c) for c in r["curves"]] for m, r in methods.items()}
+            drawn = {m: [Curve(**c) for c in r["curves"]] for m, r in methods.items() if m not in variants}
             figure = race_figure(drawn, x, title=f"Accuracy on held-out chains, {title}")  # type: ignore[arg-type]
             figure.savefig(figures / f"race_{protocol}_{x}.png", dpi=110)
     result["family"] = {method: row(runs) for (method, _), runs in family.items()}
