@@ -34,6 +34,7 @@ EXPECTED = {  # what the article, or the paper of the algorithm, is known by
         "critic_replay": "CriticReplay",
     },
     "sppo_decoupled_critic": {"advantage": "SequenceAdvantage", "critic": "CharacterCritic", "samples": 1},
+    "sppo_gated": {"advantage": "SequenceAdvantage", "critic": "PromptCritic", "critic_warmup": "CriticWarmup"},
     "sppo_hybrid": {"advantage": "HybridAdvantage", "critic": "TokenCritic", "samples": 1},
     "sppo_off_policy": {"objective": "ImportanceWeightedObjective", "critic": "PromptCritic", "samples": 1},
     "sppo_sequence_ratio": {"objective": "SequenceClipObjective", "critic": "PromptCritic", "samples": 1},
@@ -90,7 +91,7 @@ def test_two_iterations_of_every_baseline(overlay: Path):
     config["model"]["init_args"]["mini_batch_size"] = PROMPTS // 2 * samples
     cli = command_line(["--config", yaml.safe_dump(config)], run=False)
     module = cli.model
-    for name in ("advantage", "objective", "critic", "critic_objective", "critic_replay"):
+    for name in ("advantage", "objective", "critic", "critic_objective", "critic_replay", "critic_warmup"):
         if name in known:
             part = getattr(module, name)
             assert (None if part is None else type(part).__name__) == known[name]
