@@ -49,18 +49,18 @@ def qwen(hidden: int) -> dict[str, Any]:
 
 
 def variants(policy: str) -> dict[str, Variant]:
-    """What is compared; the first is the quickstart's."""
+    """What is compared."""
     return {
-        "quickstart": Variant(2e-3, qwen(64)),
+        "quickstart: lr 1e-3, warm-up of 10 updates": Variant(1e-3, qwen(64), warmup_updates=10),
         "lr 1e-3": Variant(1e-3, qwen(64)),
-        "lr 1e-3, warm-up of 10 updates": Variant(1e-3, qwen(64), warmup_updates=10),
+        "lr 2e-3": Variant(2e-3, qwen(64)),
         "lr 4e-3": Variant(4e-3, qwen(64)),
-        "replay of 1": Variant(2e-3, qwen(64), replay=1),
-        "replay of 3": Variant(2e-3, qwen(64), replay=3),
-        "a quarter of the size": Variant(2e-3, qwen(32)),
-        "starts as the policy": Variant(2e-3, {"pretrained": policy}),
-        "the policy frozen, a new head": Variant(2e-2, {"pretrained": policy, "freeze_backbone": True}),
-        "GPT-2 that reads characters": Variant(2e-3, characters=True),
+        "lr 2e-3, replay of 1": Variant(2e-3, qwen(64), replay=1),
+        "lr 2e-3, replay of 3": Variant(2e-3, qwen(64), replay=3),
+        "lr 2e-3, a quarter of the size": Variant(2e-3, qwen(32)),
+        "lr 2e-3, starts as the policy": Variant(2e-3, {"pretrained": policy}),
+        "lr 2e-2, the policy frozen, a new head": Variant(2e-2, {"pretrained": policy, "freeze_backbone": True}),
+        "lr 2e-3, GPT-2 that reads characters": Variant(2e-3, characters=True),
     }
 
 
@@ -76,7 +76,7 @@ def outcomes(policy: CausalLMPolicy, iterations: int) -> tuple[list[Prompt], Ten
 def skills(variant: Variant, tokenizer: str, prompts: list[Prompt], rewards: Tensor) -> tuple[list[float], float]:
     """Brier skill of each iteration, before its updates, and seconds per iteration."""
     torch.manual_seed(0)
-    own = {} if "pretrained" in variant.settings else {"tokenizer": tokenizer}
+    own: dict[str, Any] = {} if "pretrained" in variant.settings else {"tokenizer": tokenizer}
     critic = CharacterCritic() if variant.characters else PromptCritic(**own, **variant.settings)
     critic.build()
     settings = GroupOptimizer(lr=variant.lr, weight_decay=0.0, warmup_updates=variant.warmup_updates)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Method:
     samples: int = 1
     sampled: int | None = None  # per prompt, the greedy one included
     critic: bool = False
+    warmup: int = 5  # updates over which the policy's learning rate rises
     lr_of: str | None = None  # the method whose learning rates it takes, where it is a variant of it
 
     @property
@@ -65,8 +67,8 @@ METHODS = [
     Method("GRPO", "grpo", 8),
     Method("RLOO", "rloo", 5),
     Method("ReMax", "remax", 1, 2),
-    Method("PPO", "ppo", critic=True),
-    Method("PPO, BCE", "ppo_bce", critic=True),
+    Method("PPO", "ppo", critic=True, warmup=15),  # after the critic's 10
+    Method("PPO, BCE", "ppo_bce", critic=True, warmup=15),
     Method("SPPO, gated", "sppo_gated", critic=True, lr_of="SPPO"),
     Method("SPPO, shrinkage", "sppo_shrinkage", critic=True, lr_of="SPPO"),
     Method("SPPO, replay", "sppo_critic_replay", critic=True, lr_of="SPPO"),
@@ -115,11 +117,11 @@ class Run:
         model = str(warm_starts / str(self.seed) / "runs/quickstart/warm_start/model")
         policy_lr, critic_lr = self.rates
         settings: dict[str, Any] = {
-            "policy_optimizer": {"lr": policy_lr},
+            "policy_optimizer": {"lr": policy_lr, "warmup_updates": self.method.warmup},
             "mini_batch_size": prompts * self.method.samples // UPDATES,
         }
         if critic_lr is not None:
-            settings["critic_optimizer"] = {"lr": critic_lr}
+            settings["critic_optimizer"] = {"lr": critic_lr, "warmup_updates": 0}
         race = {
             "seed_everything": self.seed,
             "model": {"init_args": settings},
@@ -250,8 +252,8 @@ def main() -> None:
         (method.name, protocol): max(runs, key=lambda both: sum(map(score, both)))[0].rates
         for (method, protocol), runs in finals.items()
     }
-    for pair, runs in finals.items():
-        scan[pair] += [second for _, second in runs]
+    for pair, both in finals.items():
+        scan[pair] += [second for _, second in both]
 
     def rates_of(method: Method, protocol: str) -> tuple[float, float | None]:
         name = method.lr_of or method.name
@@ -275,11 +277,16 @@ def main() -> None:
     figures.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     models = {str(seed): folder / f"warm_starts/{seed}/runs/quickstart/warm_start/model" for seed in seeds}
+
+    def folders(runs: Mapping[Any, list[Run]]) -> dict[report.Key, list[tuple[Path, report.Rates]]]:
+        return {
+            (method.name, p): [(folder / run.folder, run.rates) for run in r] for (method, p), r in runs.items()
+        }
+
     report.write(
-        *(
-            {(m.name, p): [(folder / r.folder, r.rates) for r in runs] for (m, p), runs in group.items()}
-            for group in (raced, scan, {(run.method, run.protocol): [run] for run in family})
-        ),
+        folders(raced),
+        folders(scan),
+        folders({(run.method, run.protocol): [run] for run in family}),
         pass_rates.report(models, figures),
         {method.name for method in METHODS if method.lr_of},
         folder,

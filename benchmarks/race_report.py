@@ -211,8 +211,8 @@ def show_cost(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
     )
     for column in f"{columns}|grad norm|its var|its std/mean".split("|"):
         table.add_column(column, justify="right")
-    signal = ("reward", "advantage_variance", "advantage_square", "early_advantage_square")
-    signal += ("grad_norm", "grad_norm_variance", "grad_norm_variation")
+    signal = ["reward", "advantage_variance", "advantage_square", "early_advantage_square"]
+    signal += ["grad_norm", "grad_norm_variance", "grad_norm_variation"]
     for name, r in _best_first(methods):
         table.add_row(
             name,

@@ -123,7 +123,7 @@ def _give_up(job: dict[str, Any], value_pipe: int, pipes: list[tuple[int, int]])
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     sys.set_int_max_str_digits(0)
     seconds = math.ceil(job["timeout_seconds"]) + 1
     for limit, soft, hard in (
@@ -174,7 +174,8 @@ def run(job: dict[str, Any]) -> None:
     """Every case of a job, as many at a time as the job says, until its time is up."""
     deadline = time.monotonic() + job["timeout_seconds"]
     waiting = list(range(len(job["cases"])))[::-1]
-    selector, running = selectors.DefaultSelector(), {}
+    selector = selectors.DefaultSelector()
+    running: dict[int, Case] = {}  # by process
     while waiting or running:
         while waiting and len(running) < job["at_once"]:
             case = Case(waiting.pop(), job)

@@ -63,9 +63,9 @@ def program(machine: str) -> bytes:
         (_ABOVE, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
     ]
-    for numbers in DENIED.values():
-        if numbers[column] is not None:
-            steps += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERROR | errno.EPERM)]
+    for number in (numbers[column] for numbers in DENIED.values()):
+        if number is not None:
+            steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERROR | errno.EPERM)]
     # libc falls back on clone, whose flags can be looked at: clone3's lie behind a pointer
     steps += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
     steps += [(_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, 16)]
