@@ -166,7 +166,7 @@ def write(
         show_cost(methods, title)
         for x in ("seconds", "samples"):
             drawn = {m: [Curve(**c) for c in r["curves"]] for m, r in methods.items() if m not in variants}
-            figure = race_figure(drawn, x, title=f"Accuracy on held-out chains, {title}")  # type: ignore[arg-type]
+            figure = race_figure(drawn, x, title=title[0].upper() + title[1:])  # type: ignore[arg-type]
             figure.savefig(figures / f"race_{protocol}_{x}.png", dpi=110)
     result["family"] = {method: row(runs) for (method, _), runs in family.items()}
     show_family(result["family"])
