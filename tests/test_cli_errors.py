@@ -92,7 +92,7 @@ KEYS = [
     (
         [*MODEL, "policy_optimizer"],  # a group of settings that is no class path
         "`learn_rate` is not a setting of `policy_optimizer` of sppo_lightning.SPPOModule (in `model`); there are `lr`, "
-        "`weight_decay`, `betas`, `max_grad_norm`.",
+        "`weight_decay`, `betas`, `max_grad_norm`, `warmup_updates`.",
     ),
     (
         [*DATA, "batchsize"],

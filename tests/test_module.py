@@ -98,7 +98,7 @@ def test_a_batch_without_any_verdict_moves_nothing():
     module, trainer = run({p: [(text, None) for text, _ in rows] for p, rows in CASES.items()})
     assert all(not gradient.any() for gradient in module.gradients[0].values())
     unknown = {n for n, value in trainer.callback_metrics.items() if not torch.isfinite(value)}
-    of_advantages = {f"advantage/{name}" for name in ("std", "positive_fraction", "nonzero_fraction")}
+    of_advantages = {f"advantage/{name}" for name in ("mean", "std", "positive_fraction", "nonzero_fraction")}
     assert unknown == {"reward/mean", "critic/value_mean", *of_advantages}
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
