@@ -81,7 +81,7 @@ FAMILY = [  # one run each, in the protocol `samples`
     Method("CISPO", "cispo", 8, lr_of="GRPO"),
     Method("SPPO, sequence ratio", "sppo_sequence_ratio", critic=True, lr_of="SPPO"),
     Method("SPPO, sequence ratio by length", "sppo_sequence_ratio_length", critic=True, lr_of="SPPO"),
-    # with SPPO's 6e-4 the policy leaves its sampler so fast that joint weights are next to nothing, and it gets worse
+    # with SPPO's 6e-4 the policy leaves its sampler so fast that joint weights are next to nothing: it gets worse
     Method("SPPO, off-policy", "sppo_off_policy", critic=True, lr_of="SPPO", rates=(1.5e-4, 1e-3)),
     Method("SPPO, hybrid", "sppo_hybrid", critic=True, lr_of="PPO, BCE"),
     Method("SPPO, decoupled critic", "sppo_decoupled_critic", critic=True, lr_of="SPPO"),
