@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 import struct
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, and AUDIT_ARCH_…
@@ -53,7 +53,7 @@ _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 
 
 def program(machine: str) -> bytes:
-    """The filter for a machine, as `platform.machine()` calls it; `KeyError` for one that is not known."""
+    """The filter for a machine, as `os.uname().machine` calls it; `KeyError` for one that is not known."""
     column, audit = _ARCHITECTURES[machine]
     steps = [
         (_LOAD, 0, 0, 4),  # architecture of the call: not that of the process on machines that know several
@@ -79,7 +79,7 @@ def install() -> None:
     Raises:
         OSError: Where the kernel refuses it, or the architecture is not known.
     """
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in _ARCHITECTURES:
         raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
     code = program(machine)
