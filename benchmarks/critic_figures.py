@@ -14,35 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from chains import chains, pass_rates, sample
 from matplotlib.figure import Figure
 
-from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
 from sppo_lightning.calibration import critic_metrics, pearson, spearman
-from sppo_lightning.data import ChainTask
-from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.figures import calibration_figure, tail_effect_figure
 from sppo_lightning.models import CausalLMPolicy, PromptCritic, TokenCritic
-from sppo_lightning.verification.answers import extract_boxed
 
 BINS = 20  # parts of a response, from its first token to its last
-
-
-def held_out(policy: CausalLMPolicy, count: int) -> PromptBatch:
-    """Chains of 2 to 10 operations that no run was trained on."""
-    rows = ChainTask({"2-10": 1.0}, size=count, split="validation", seed=7).rows()
-    prompts = [Prompt(str(row["prompt"]), str(row["answer"]), "chains", i) for i, row in enumerate(rows)]
-    token_ids = policy.tokenizer([prompt.text for prompt in prompts])["input_ids"]
-    return PromptBatch(prompts, token_ids, [0] * count)
-
-
-def sample(policy: CausalLMPolicy, batch: PromptBatch, samples: int) -> tuple[Rollouts, torch.Tensor]:
-    """Responses at temperature 1, and which of them are right, `[N]`, bool."""
-    engine = HFEngine()
-    engine.update_weights(policy, 0)
-    rollouts = engine.generate(batch, Sampling(max_new_tokens=64, samples_per_prompt=samples))
-    pairs = zip(rollouts.responses, rollouts.prompts, strict=True)
-    right = [(extract_boxed(text) or "").split() == prompt.gold.split() for text, prompt in pairs]
-    return rollouts, torch.tensor(right)
 
 
 @torch.no_grad()
@@ -51,7 +30,7 @@ def tail_effect(run: Path, prompts: int) -> tuple[Figure, dict[str, Any]]:
     policy, critic = CausalLMPolicy(str(run / "model")), TokenCritic(str(run / "model" / "critic"))
     policy.build()
     critic.build()
-    rollouts, right = sample(policy, held_out(policy, prompts), samples=2)
+    rollouts, right = sample(policy, chains(policy, prompts), samples=2)
     is_logit = "ppo_bce" in str(run)
     outputs = torch.cat([critic.outputs(rollouts.rows([row])) for row in range(len(rollouts))])
     values = outputs.sigmoid() if is_logit else outputs
@@ -76,10 +55,9 @@ def foresight(run: Path, prompts: int, samples: int) -> tuple[Figure, dict[str, 
     policy, critic = CausalLMPolicy(str(run / "model")), PromptCritic(str(run / "model" / "critic"))
     policy.build()
     critic.build()
-    batch = held_out(policy, prompts)
+    batch = chains(policy, prompts)
     values = critic(batch.prompts).sigmoid()
-    _, right = sample(policy, batch, samples)
-    rates = right.reshape(prompts, samples).float().mean(1)
+    rates = pass_rates(policy, batch, samples)
     numbers = {"pearson": pearson(values, rates), "spearman": spearman(values, rates), "prompts": prompts}
     numbers |= {name: float(value) for name, value in critic_metrics(values, rates).items()}
     figure = calibration_figure(values.numpy(), rates.numpy(), title=f"V against Avg@{samples}")

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from critic_figures import sample
+from chains import chains, sample
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sppo_lightning.batch import Prompt, PromptBatch
-from sppo_lightning.data import ChainTask
+from sppo_lightning.batch import Prompt
 from sppo_lightning.models import CausalLMPolicy, CharacterCritic, PromptCritic
 from sppo_lightning.optim import GroupOptimizer, build_optimizer
 
@@ -64,13 +63,10 @@ def variants(policy: str) -> dict[str, Variant]:
     }
 
 
-@torch.no_grad()
 def outcomes(policy: CausalLMPolicy, iterations: int) -> tuple[list[Prompt], Tensor]:
     """Prompts, and whether the policy's one response to each is right, 1.0 or 0.0."""
-    rows = ChainTask({"2-10": 1.0}, size=PROMPTS * iterations, seed=1).rows()
-    prompts = [Prompt(str(row["prompt"]), str(row["answer"]), "chains", i) for i, row in enumerate(rows)]
-    token_ids = policy.tokenizer([prompt.text for prompt in prompts])["input_ids"]
-    return prompts, sample(policy, PromptBatch(prompts, token_ids, [0] * len(prompts)), 1)[1].float()
+    batch = chains(policy, PROMPTS * iterations, "train", seed=1)
+    return batch.prompts, sample(policy, batch, 1)[1].float()
 
 
 def skills(variant: Variant, tokenizer: str, prompts: list[Prompt], rewards: Tensor) -> tuple[list[float], float]:

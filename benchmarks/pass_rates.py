@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from critic_figures import held_out, sample
+from chains import chains, pass_rates
 from matplotlib.figure import Figure
 
 from sppo_lightning.figures.style import BLUE, percent, tidy
 from sppo_lightning.models import CausalLMPolicy
 
+PROMPTS, SAMPLES = 200, 64  # held-out chains, and responses to each
 
-@torch.no_grad()
-def pass_rates(model: Path, prompts: int = 200, samples: int = 64) -> list[float]:
-    """Share of `samples` responses at temperature 1 that are right, for each of `prompts` held-out chains."""
+
+def measure(model: Path) -> list[float]:
+    """Share of the responses at temperature 1 that are right, for each of the prompts."""
     policy = CausalLMPolicy(str(model))
     policy.build()
-    _, right = sample(policy, held_out(policy, prompts), samples)
-    return right.reshape(prompts, samples).float().mean(1).tolist()
+    return pass_rates(policy, chains(policy, PROMPTS), SAMPLES).tolist()
 
 
 def spread(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -31,10 +30,9 @@ def spread(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
     the batch takes nothing of it.
     """
     between, total = [], []
-    samples = 64
     for row in rates.values():
         p = np.asarray(row)
-        noise = (p * (1 - p)).mean() / (samples - 1)  # what finitely many samples add to the variance of the rates
+        noise = (p * (1 - p)).mean() / (SAMPLES - 1)  # what finitely many samples add to the variance of the rates
         between.append(p.var() - noise)
         total.append(p.mean() * (1 - p.mean()))
     everything = np.concatenate([np.asarray(row) for row in rates.values()])
@@ -51,7 +49,7 @@ def pass_rate_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
     reach = np.stack([mean - counts.min(0), counts.max(0) - mean])
     axes.bar(np.arange(10) / 10 + 0.05, mean, 0.092, color=BLUE, yerr=reach, ecolor="#555555", capsize=3)
     axes.set_title(f"Pass rates of the prompts before training, {len(rates)} warm starts", fontsize=11)
-    axes.set_xlabel("share of 64 responses solved")
+    axes.set_xlabel(f"share of {SAMPLES} responses solved")
     axes.set_ylabel("share of the prompts")
     axes.xaxis.set_major_formatter(percent())
     axes.yaxis.set_major_formatter(percent())
@@ -61,6 +59,6 @@ def pass_rate_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
 
 def report(models: Mapping[str, Path], figures: Path) -> dict[str, Any]:
     """Measure every warm start and draw `race_pass_rates.png`; what `race.json` says of them."""
-    rates = {name: pass_rates(path) for name, path in models.items()}
+    rates = {name: measure(path) for name, path in models.items()}
     pass_rate_figure(rates).savefig(figures / "race_pass_rates.png", dpi=110)
     return {"rates": rates, **spread(rates)}

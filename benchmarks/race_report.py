@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from race_runs import Rates
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,6 @@ from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.figures import Curve, race_figure
 
 Key = tuple[str, str]  # method and protocol
-Rates = tuple[float, float | None]  # learning rates of policy and critic
 Runs = Mapping[Key, Sequence[tuple[Path, Rates]]]  # folders of the runs
 PROTOCOLS = {
     "prompts": "same prompts per iteration (the paper's)",
@@ -47,6 +47,11 @@ def accuracy(validation: Mapping[str, Any], dataset: str = "all") -> float:
 def scan_score(folder: Path) -> float:
     """What a learning rate is chosen by: the mean of the last three validations' accuracies."""
     return float(np.mean(curve(load(folder)).accuracy[-3:]))
+
+
+def written(rates: Rates) -> str:
+    """The policy's learning rate, and the critic's behind it."""
+    return "/".join(f"{rate:g}" for rate in rates if rate is not None)
 
 
 def mean_curve(curves: Sequence[Curve], x: str) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +156,7 @@ def write(
     for (method, protocol), runs in scanned.items():
         scores: dict[str, list[float]] = {}  # of one or two warm starts
         for path, rates in runs:
-            scores.setdefault("/".join(f"{r:g}" for r in rates if r is not None), []).append(scan_score(path))
+            scores.setdefault(written(rates), []).append(scan_score(path))
         result["scan"].setdefault(protocol, {})[method] = scores
     for protocol, title in PROTOCOLS.items():
         # a method with one response per prompt is the same in both
@@ -191,7 +196,7 @@ def show_learning(methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
         pearson = [value for value in r["critic_pearson"] if value is not None]
         table.add_row(
             name,
-            "/".join(f"{rate:g}" for rate in r["rates"] if rate is not None),
+            written(r["rates"]),
             f"{r['before']:.3f}",
             f"{r['after']:.3f} ± {r['after_std']:.3f}",
             f"{r['short']:.2f}",
@@ -233,10 +238,9 @@ def show_family(methods: Mapping[str, Mapping[str, Any]]) -> None:
     for column in ("method", "rates", "before", "best", "after", "s/iteration"):
         table.add_column(column, justify="right")
     for name, r in _best_first(methods):
-        rates = "/".join(f"{rate:g}" for rate in r["rates"] if rate is not None)
         best = max(r["curves"][0]["accuracy"])
         cells = [f"{value:.3f}" for value in (r["before"], best, r["after"])]
-        table.add_row(name, rates, *cells, f"{r['seconds_per_iteration']:.2f}")
+        table.add_row(name, written(r["rates"]), *cells, f"{r['seconds_per_iteration']:.2f}")
     Console(width=100).print(table)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.callbacks import RunSummary
 from sppo_lightning.callbacks.initial_validation import validate_in_fit
+from sppo_lightning.memory import peak_memory
 
 
 class TimedValidation(Callback):
@@ -112,19 +112,14 @@ class TrainingMemory(Callback):
         """Forget the peak that a validation has left; the first one comes before the first iteration."""
         Path("/proc/self/clear_refs").write_text("5")
         if not self.megabytes["before"]:
-            self.megabytes["before"] = _peak_megabytes()
+            self.megabytes["before"] = peak_memory()["peak_mb"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the iteration's peak; it stands before what validates."""
-        self.megabytes["peak"] = max(self.megabytes["peak"], _peak_megabytes())
+        self.megabytes["peak"] = max(self.megabytes["peak"], peak_memory()["peak_mb"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self.path.write_text(json.dumps(self.megabytes))
-
-
-def _peak_megabytes() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]

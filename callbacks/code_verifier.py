@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.errors import InputError
-from sppo_lightning.verification.code import TestReport, check, last_code_block, plan
+from sppo_lightning.verification.code import Plan, TestReport, check, last_code_block, plan
 from sppo_lightning.verification.sandbox import Sandbox, SandboxFailure, check_sandbox
 
 CodeReward = Literal["all", "fraction", "efficiency"]
@@ -95,28 +95,25 @@ class CodeVerifier(Verifier):
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
         """A score for each response, the same response to the same tests being run once."""
         tests = [tests_of(prompt) for prompt in prompts]
-        pairs = [
-            (last_code_block(text), json.dumps(t, sort_keys=True)) for text, t in zip(responses, tests, strict=True)
-        ]
-        different = {pair: t for pair, t in zip(pairs, tests, strict=True) if pair[0] is not None}
+        keys = [json.dumps(each, sort_keys=True, default=repr) for each in tests]
+        plans: dict[str, Plan] = {}  # made once, however many responses a prompt has
+        for prompt, each, key in zip(prompts, tests, keys, strict=True):
+            plans[key] = plans.get(key) or plan_of(prompt, each)
+        pairs = [(last_code_block(text), key) for text, key in zip(responses, keys, strict=True)]
+        different = list(dict.fromkeys((code, key) for code, key in pairs if code is not None))
         with ThreadPoolExecutor(self.workers) as threads:
-            reports = dict(
-                zip(
-                    different,
-                    threads.map(lambda pair: self._report(pair[0], different[pair]), different),
-                    strict=True,
-                )
-            )
+            found = threads.map(lambda pair: self._report(pair[0], plans[pair[1]]), different)
+            reports: dict[Any, TestReport | None] = dict(zip(different, found, strict=True))
         self.counts["timeouts"] += sum(r is not None and r.status == "timeout" for r in map(reports.get, pairs))
         return [
-            0.0 if pair[0] is None else self._score_of(reports[pair], t)
-            for pair, t in zip(pairs, tests, strict=True)
+            0.0 if pair[0] is None else self._score_of(reports[pair], each)
+            for pair, each in zip(pairs, tests, strict=True)
         ]
 
-    def _report(self, code: str | None, tests: Mapping[str, Any]) -> TestReport | None:
+    def _report(self, code: str, plan: Plan) -> TestReport | None:
         """What came of the tests; None where the sandbox failed."""
         try:
-            return check(self.sandbox, code or "", tests, self.timeout_seconds, at_once=1)
+            return check(self.sandbox, code, plan, self.timeout_seconds, at_once=1)
         except SandboxFailure as error:
             self.counts["errors"] += 1
             self._first_traceback = self._first_traceback or f"the sandbox: {error}"
@@ -135,17 +132,27 @@ class CodeVerifier(Verifier):
 
 
 def tests_of(prompt: Prompt) -> Mapping[str, Any]:
-    """The tests of a prompt; raises `InputError` for a prompt without any that can be run."""
+    """The tests of a prompt; raises `InputError` for a prompt without any."""
     found: Any = prompt.metadata.get("tests") or prompt.gold
-    where = f"Row {prompt.row} of {prompt.dataset!r}"
     try:
         tests = json.loads(found) if isinstance(found, str) else found
-        if not isinstance(tests, Mapping):
-            raise ValueError("they are no mapping")
-        plan(tests)
     except ValueError as error:
-        raise InputError(
-            f"{where} has no tests that CodeVerifier can run ({error}); give it a column `tests`, such as "
-            '{"kind": "function", "fn": "add", "cases": [{"args": [1, 2], "expected": 3}]}.'
-        ) from error
+        raise _refused(prompt, str(error)) from error
+    if not isinstance(tests, Mapping):
+        raise _refused(prompt, "they are no mapping")
     return tests
+
+
+def plan_of(prompt: Prompt, tests: Mapping[str, Any]) -> Plan:
+    """What is done with a prompt's tests; raises `InputError` for such as cannot be run."""
+    try:
+        return plan(tests)
+    except ValueError as error:
+        raise _refused(prompt, str(error)) from error
+
+
+def _refused(prompt: Prompt, why: str) -> InputError:
+    return InputError(
+        f"Row {prompt.row} of {prompt.dataset!r} has no tests that CodeVerifier can run ({why}); give it a column "
+        '`tests`, such as {"kind": "function", "fn": "add", "cases": [{"args": [1, 2], "expected": 3}]}.'
+    )

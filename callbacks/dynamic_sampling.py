@@ -125,7 +125,7 @@ def replace_prompts(batch: PromptBatch, replacements: Mapping[int, int], spare: 
     batch.prompts = _replaced(batch.prompts, replacements, spare.prompts)
     batch.token_ids = _replaced(batch.token_ids, replacements, spare.token_ids)
     batch.visits = _replaced(batch.visits, replacements, spare.visits)
-    if batch.value_logits is not None and spare.value_logits is not None:
+    if batch.value_logits is not None:
         batch.value_logits = torch.stack(_replaced(batch.value_logits, replacements, spare.value_logits))
     batch.rollouts = _replaced_rollouts(batch.rollouts, replacements, spare.rollouts)
     batch.greedy_rollouts = _replaced_rollouts(batch.greedy_rollouts, replacements, spare.greedy_rollouts)

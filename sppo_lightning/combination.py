@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, Literal
 
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_option
 from sppo_lightning.functional import KLEstimator
 from sppo_lightning.objectives import BinaryCrossEntropy
 
+KLPlace = Literal["loss", "reward"]  # a term of the loss, or subtracted from the reward
 _CRITICS = {
     "prompt": "sppo_lightning.models.PromptCritic, which reads the prompt alone",
     "token": "sppo_lightning.models.TokenCritic, which reads every token",
@@ -17,9 +18,8 @@ _CRITICS = {
 
 def check_combination(module: Any) -> None:
     """Check advantage, objective, critic and the critic's loss of an `SPPOModule` against each other."""
-    for setting, allowed in {"kl_estimator": get_args(KLEstimator), "kl_in": ("loss", "reward")}.items():
-        if (value := getattr(module, setting)) not in allowed:
-            raise InputError(f"`{setting}`={value} is unknown; use {' or '.join(allowed)}.")
+    check_option("kl_estimator", module.kl_estimator, KLEstimator)
+    check_option("kl_in", module.kl_in, KLPlace)
     advantage, critic = module.advantage, module.critic
     name = type(advantage).__name__
     if advantage.critic is None and critic is not None:

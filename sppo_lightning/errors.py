@@ -1,4 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what most often raises it."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
 
 
 class InputError(ValueError):
@@ -7,3 +11,9 @@ class InputError(ValueError):
     Its text is one sentence: which setting, row or component, its value, and the way out. The command line
     prints that sentence alone and exits with status 2; everything else surfaces as a traceback.
     """
+
+
+def check_option(name: str, value: str, options: Any) -> None:
+    """Raise `InputError` where the setting `name` is none of the texts of `options`, a `Literal`."""
+    if value not in get_args(options):
+        raise InputError(f"`{name}`={value} is unknown; use {' or '.join(get_args(options))}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
 from sppo_lightning.batch import Experience, MicroBatch, Outcomes, PromptBatch, Replayed, Rollouts
 from sppo_lightning.batching import MicroRows, check_mini_batch_size, micro_batches, mini_batches
-from sppo_lightning.combination import check_combination, check_sampling
+from sppo_lightning.combination import KLPlace, check_combination, check_sampling
 from sppo_lightning.functional import KLEstimator
 from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy, Critic
@@ -71,7 +71,7 @@ class SPPOModule(ActorCritic):
         micro_batch_tokens: int = 16384,
         kl_coef: float = 0.0,
         kl_estimator: KLEstimator = "k3",
-        kl_in: Literal["loss", "reward"] = "loss",
+        kl_in: KLPlace = "loss",
         recompute_old_log_probs: bool = True,
     ) -> None:
         super().__init__(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from sppo_lightning import functional
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_option
 from sppo_lightning.functional import Aggregation, RatioLevel, RatioNormalization
 
 RatioDenominator = Literal["behaviour", "reference"]  # the policy that sampled, or the reference
@@ -58,7 +58,7 @@ class TokenObjective(Objective):
     """
 
     def __init__(self, aggregation: Aggregation = "token-mean", constant_length: int | None = None) -> None:
-        _check_option("aggregation", aggregation, Aggregation)
+        check_option("aggregation", aggregation, Aggregation)
         if constant_length is not None and (constant_length < 1 or aggregation != "seq-mean-token-sum"):
             raise InputError(
                 f"`constant_length`={constant_length} with `aggregation`={aggregation} cannot be used; it must be "
@@ -157,7 +157,7 @@ class ImportanceWeightedObjective(TokenObjective):
         constant_length: int | None = None,
     ) -> None:
         super().__init__(aggregation, constant_length)
-        _check_option("level", level, RatioLevel)
+        check_option("level", level, RatioLevel)
         if not 0 <= min_weight <= 1 <= max_weight:
             raise InputError(
                 f"`min_weight`={min_weight} and `max_weight`={max_weight} are no range around the weight 1; use 0 "
@@ -197,8 +197,8 @@ class SequenceClipObjective(Objective):
         against: RatioDenominator = "behaviour",
     ) -> None:
         _check_clip(clip_low, clip_high)
-        _check_option("normalize", normalize, RatioNormalization)
-        _check_option("against", against, RatioDenominator)
+        check_option("normalize", normalize, RatioNormalization)
+        check_option("against", against, RatioDenominator)
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.normalize = normalize
@@ -226,11 +226,6 @@ def _check_clip(clip_low: float, clip_high: float) -> None:
             f"`clip_low`={clip_low} and `clip_high`={clip_high} are no range around the ratio 1; use 0 to 1 for "
             "the lower and 0 or more for the upper."
         )
-
-
-def _check_option(name: str, value: str, options: Any) -> None:
-    if value not in get_args(options):
-        raise InputError(f"`{name}`={value} is unknown; use {' or '.join(get_args(options))}.")
 
 
 def _share(losses: Tensor, denominator: Tensor) -> Tensor:

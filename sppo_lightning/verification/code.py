@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from sppo_lightning.verification.sandbox import NotPlain, Sandbox, decode, encode
 
+Judge = Callable[[Any], bool]  # of a decoded value, or of printed text
+Plan = tuple[dict[str, Any], list[Judge]]  # the sandbox's job, which holds no expected value; a judge for each case
 Status = Literal["passed", "failed", "error", "timeout", "memory", "output", "crashed"]
 
 
@@ -61,14 +63,12 @@ def run_tests(
         SandboxFailure: Where the sandbox failed; that says nothing about the submission.
         InputError: Where there is no sandbox on this machine.
     """
-    return check(Sandbox(memory_mb), submission, tests, timeout_seconds, at_once=os.cpu_count() or 1)
+    return check(Sandbox(memory_mb), submission, plan(tests), timeout_seconds, at_once=os.cpu_count() or 1)
 
 
-def check(
-    sandbox: Sandbox, submission: str, tests: Mapping[str, Any], timeout_seconds: float, at_once: int
-) -> TestReport:
+def check(sandbox: Sandbox, submission: str, plan: Plan, timeout_seconds: float, at_once: int) -> TestReport:
     """`run_tests` in a given sandbox, so many cases side by side."""
-    job, judges = plan(tests)
+    job, judges = plan
     outcomes = sandbox.run({**job, "submission": submission}, timeout_seconds, at_once)
     cases = tuple(_status(outcome, judge) for outcome, judge in zip(outcomes, judges, strict=True))
     passed = cases.count("passed")
@@ -93,12 +93,9 @@ def last_code_block(response: str) -> str | None:
     return found
 
 
-Judge = Callable[[Any], bool]  # of a decoded value, or of printed text
-
-
-def plan(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
-    """The job for the sandbox, which holds no expected value, and what judges each case; raises `ValueError`."""
-    kinds: dict[Any, Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[Judge]]]] = {
+def plan(tests: Mapping[str, Any]) -> Plan:
+    """What is done with tests; raises `ValueError` for such as are none."""
+    kinds: dict[Any, Callable[[Mapping[str, Any]], Plan]] = {
         "function": _plan_function,
         "stdio": _plan_stdio,
         "asserts": _plan_asserts,
@@ -115,7 +112,7 @@ def plan(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
     return job, judges
 
 
-def _plan_function(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+def _plan_function(tests: Mapping[str, Any]) -> Plan:
     name = tests["fn"]
     if not isinstance(name, str) or not 1 <= len(name.split(".")) <= 2:
         raise ValueError(f"`fn`={name!r} is neither a function nor a class's method, such as Solution.add.")
@@ -124,7 +121,7 @@ def _plan_function(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge
     return {"kind": "function", "fn": name, "cases": cases}, judges
 
 
-def _plan_stdio(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+def _plan_stdio(tests: Mapping[str, Any]) -> Plan:
     cases = [_text(case["stdin"]) for case in tests["cases"]]
     judges = [_prints(_text(case["stdout"])) for case in tests["cases"]]
     return {"kind": "stdio", "cases": cases}, judges
@@ -136,7 +133,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _plan_asserts(tests: Mapping[str, Any]) -> tuple[dict[str, Any], list[Judge]]:
+def _plan_asserts(tests: Mapping[str, Any]) -> Plan:
     """A case for each `assert`: both sides of a comparison leave the sandbox and are compared here.
 
     Other statements set up what follows them. One that holds asserts inside (a loop, a `try`) is a case of its own,

@@ -26,7 +26,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -72,22 +72,23 @@ class Case:
             return found | {"status": "timeout"}
         if os.WIFSIGNALED(status):
             return found | {"status": "killed", "signal": os.WTERMSIG(status)}
+        found |= {"status": "ended", "code": os.WEXITSTATUS(status), "said": said}
         if self.wants_output:
-            printed = bytes(self.read[self.output_pipe]).decode("utf-8", "replace")
-            return found | {"status": "ended", "code": os.WEXITSTATUS(status), "printed": printed, "said": said}
-        return found | {"status": "ended", "code": os.WEXITSTATUS(status), "said": said}
+            found["printed"] = bytes(self.read[self.output_pipe]).decode("utf-8", "replace")
+        return found
 
 
 def _be_the_case(job: dict[str, Any], number: int, value_pipe: int, pipes: list[tuple[int, int]]) -> None:
     """The forked process, which never returns."""
-    leave, write, dumps, encode = os._exit, os.write, json.dumps, values.encode
+    # taken before the submission can put others in their places
+    leave, put, dumps, encode = os._exit, _put, json.dumps, values.encode
     code = 3
     try:
         _give_up(job, value_pipe, pipes)
         source, case = job["submission"], job["cases"][number]
         try:
             if job["kind"] == "stdio":
-                _run_script(source)
+                _module("__main__", source)
                 answer: Any = {"done": True}
             else:
                 answer = {"value": encode(_evaluate(source, job, case))}
@@ -98,14 +99,12 @@ def _be_the_case(job: dict[str, Any], number: int, value_pipe: int, pipes: list[
             answer = {"error": "SystemExit"}
             if job["kind"] == "stdio" and exit_.code in (None, 0):
                 answer, code = {"done": True}, 0
-        except BaseException as error:
+        except BaseException as error:  # a submission may raise anything, and it is its own doing
             answer = {"error": type(error).__name__, "message": str(error)[:200]}
         if job["kind"] == "stdio":
             sys.stdout.flush()
-        text = dumps(answer).encode()
-        while text:
-            text = text[write(3, text) :]
-    except BaseException:
+        put(3, dumps(answer).encode())
+    except BaseException:  # whatever a submission has done to what runs here: this process ends in `leave`
         code = 3
     finally:
         leave(code)
@@ -127,7 +126,7 @@ def _give_up(job: dict[str, Any], value_pipe: int, pipes: list[tuple[int, int]])
     sys.set_int_max_str_digits(0)
     seconds = math.ceil(job["timeout_seconds"]) + 1
     for limit, soft, hard in (
-        (resource.RLIMIT_STACK, STACK_BYTES, resource.RLIM_INFINITY),
+        (resource.RLIMIT_STACK, STACK_BYTES, None),
         (resource.RLIMIT_CPU, seconds, seconds + 1),
         (resource.RLIMIT_AS, job["memory_bytes"], job["memory_bytes"]),
         (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
@@ -136,10 +135,9 @@ def _give_up(job: dict[str, Any], value_pipe: int, pipes: list[tuple[int, int]])
         (resource.RLIMIT_CORE, 0, 0),
     ):
         _, most = resource.getrlimit(limit)
-        within = [value if most == resource.RLIM_INFINITY else min(value, most) for value in (soft, hard)]
-        if hard == resource.RLIM_INFINITY:
-            within[1] = most
-        resource.setrlimit(limit, (within[0], within[1]))
+        if most != resource.RLIM_INFINITY:  # a limit may be lowered, never raised
+            soft, hard = min(soft, most), most if hard is None else min(hard, most)
+        resource.setrlimit(limit, (soft, most if hard is None else hard))
     seccomp.install()
 
 
@@ -150,10 +148,6 @@ def _module(name: str, source: str, given: Mapping[str, Any] = MappingProxyType(
     module.__dict__.update(given)
     exec(compile(source, "<submission>", "exec"), module.__dict__)
     return module.__dict__
-
-
-def _run_script(source: str) -> None:
-    _module("__main__", source)
 
 
 def _evaluate(source: str, job: dict[str, Any], case: dict[str, Any]) -> Any:
@@ -167,6 +161,7 @@ def _evaluate(source: str, job: dict[str, Any], case: dict[str, Any]) -> Any:
     if "statement" in case:
         exec(compile(case["statement"], "<tests>", "exec"), names)
         return True
+    # the tests' expression, in the process of the submission, which is in the sandbox and has given everything up
     return eval(compile(case["expression"], "<tests>", "eval"), names)
 
 
@@ -243,9 +238,12 @@ def _drain(selector: selectors.BaseSelector, case: Case) -> None:
 
 def say(line: dict[str, Any]) -> None:
     """One line of JSON on standard output."""
-    text = (json.dumps(line) + "\n").encode()
+    _put(1, (json.dumps(line) + "\n").encode())
+
+
+def _put(descriptor: int, text: bytes, write: Callable[[int, bytes], int] = os.write) -> None:
     while text:
-        text = text[os.write(1, text) :]
+        text = text[write(descriptor, text) :]
 
 
 def main() -> None:
