@@ -11,8 +11,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sppo_lightning.batch import Prompt, Rollouts
-from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.batch import Prompt
+from sppo_lightning.callbacks.verifier import Truncated, Verifier
 from sppo_lightning.errors import InputError
 from sppo_lightning.verification.code import Plan, TestReport, check, last_code_block, plan
 from sppo_lightning.verification.sandbox import Sandbox, SandboxFailure, check_sandbox
@@ -38,10 +38,8 @@ class CodeVerifier(Verifier):
         workers: Submissions side by side; one per core of this process when left out.
         unsafe_no_sandbox: Run submissions with limits alone where bubblewrap cannot be used. They can then read
             what an unprivileged user can; every run warns.
-        weight: Weight of this verifier's scores among the verifiers of the same role.
-        role: "outcome" for the reward, "shaping" for an addition to the advantage.
-        name: Name in metrics and in `rollouts.scores`; `code_verifier` where none is given.
-        max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+        truncated: A response that was cut off is "unanswered", which scores 0, or "scored" as any other.
+        **settings: Those of every verifier: see `Verifier`.
     """
 
     def __init__(
@@ -51,12 +49,10 @@ class CodeVerifier(Verifier):
         memory_mb: int = 512,
         workers: int | None = None,
         unsafe_no_sandbox: bool = False,
-        weight: float = 1.0,
-        role: Literal["outcome", "shaping"] = "outcome",
-        name: str | None = None,
-        max_failure_rate: float = 0.01,
+        truncated: Truncated = "unanswered",
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, role=role, name=name, max_failure_rate=max_failure_rate)
+        super().__init__(truncated=truncated, **settings)
         if reward not in ("all", "fraction", "efficiency"):
             raise InputError(f"`CodeVerifier.reward`={reward!r} is unknown; use all, fraction or efficiency.")
         for setting, value, least in (
@@ -84,13 +80,13 @@ class CodeVerifier(Verifier):
             "memory and system calls, but it sees the machine's files. Install bubblewrap and remove the setting."
         )
 
-    def score_rollouts(self, rollouts: Rollouts) -> list[float | None]:
-        """The scores; a response that was cut off is no submission."""
-        texts = [
-            "" if reason == "length" else text
-            for text, reason in zip(rollouts.responses, rollouts.finish_reasons, strict=True)
-        ]
-        return self.score(rollouts.prompts, texts)
+    def unusable(self, prompt: Prompt) -> str | None:
+        """Tests that are none."""
+        try:
+            plan(tests_of(prompt))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
         """A score for each response, the same response to the same tests being run once."""

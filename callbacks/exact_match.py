@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from sppo_lightning.batch import Prompt
-from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.callbacks.verifier import Truncated, Verifier
 from sppo_lightning.errors import InputError
 from sppo_lightning.verification.answers import extract_boxed
 
@@ -15,21 +15,17 @@ class ExactMatch(Verifier):
 
     Args:
         extract: What the answer is: "boxed" for the content of the last `\boxed{…}`, "whole" for the response.
-        weight: Weight of this verifier's scores among the verifiers of the same role.
-        role: "outcome" for the reward, "shaping" for an addition to the advantage.
-        name: Name in metrics and in `rollouts.scores`; `exact_match` where none is given.
-        max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+        truncated: A response that was cut off is "unanswered", which scores 0, or "scored" as any other.
+        **settings: Those of every verifier: see `Verifier`.
     """
 
     def __init__(
         self,
         extract: Literal["boxed", "whole"] = "boxed",
-        weight: float = 1.0,
-        role: Literal["outcome", "shaping"] = "outcome",
-        name: str | None = None,
-        max_failure_rate: float = 0.01,
+        truncated: Truncated = "unanswered",
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, role=role, name=name, max_failure_rate=max_failure_rate)
+        super().__init__(truncated=truncated, **settings)
         if extract not in ("boxed", "whole"):
             raise InputError(f'`ExactMatch.extract`={extract!r} is unknown; use "boxed" or "whole".')
         self.extract = extract

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from sppo_lightning.batch import Prompt
-from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.callbacks.verifier import Truncated, Verifier
 from sppo_lightning.errors import InputError
 from sppo_lightning.verification import close_workers, verify_math
+from sppo_lightning.verification.answers import why_ill_formed
 
 
 class MathVerifier(Verifier):
@@ -23,28 +24,28 @@ class MathVerifier(Verifier):
     Args:
         timeout_seconds: Time that one comparison may take in a worker before it is killed.
         workers: Number of worker processes, started by the first comparison that needs one.
-        weight: Weight of this verifier's scores among the verifiers of the same role.
-        role: "outcome" for the reward, "shaping" for an addition to the advantage.
-        name: Name in metrics and in `rollouts.scores`; `math_verifier` where none is given.
-        max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+        truncated: A response that was cut off is "unanswered", which scores 0, or "scored" as any other.
+        **settings: Those of every verifier: see `Verifier`.
     """
 
     def __init__(
         self,
         timeout_seconds: float = 2.0,
         workers: int = 2,
-        weight: float = 1.0,
-        role: Literal["outcome", "shaping"] = "outcome",
-        name: str | None = None,
-        max_failure_rate: float = 0.01,
+        truncated: Truncated = "unanswered",
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, role=role, name=name, max_failure_rate=max_failure_rate)
+        super().__init__(truncated=truncated, **settings)
         if not timeout_seconds > 0:
             raise InputError(f"`MathVerifier.timeout_seconds`={timeout_seconds} is no time; use 2.0.")
         if workers < 1:
             raise InputError(f"`MathVerifier.workers`={workers} leaves nobody to compare answers; use 1 or more.")
         self.timeout_seconds = timeout_seconds
         self.workers = workers
+
+    def unusable(self, prompt: Prompt) -> str | None:
+        """A gold answer that is empty, too long or cut off in the middle of a formula."""
+        return why_ill_formed(prompt.gold)
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
         """1.0, 0.0, or `None` where the gold answer cannot be read or a worker crashed."""

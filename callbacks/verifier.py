@@ -8,14 +8,19 @@ import re
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from sppo_lightning.batch import Prompt, PromptBatch, Rollouts, Scores
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_option
 from sppo_lightning.pipeline import Stage
+from sppo_lightning.routing import check_routes, check_together
+
+Role = Literal["outcome", "shaping"]
+Truncated = Literal["scored", "unanswered"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -37,6 +42,12 @@ class Verifier(Stage):
             added to the advantage, centred by their running mean.
         name: Name in metrics and in `rollouts.scores`; the class name in snake case where none is given.
         max_failure_rate: Share of a batch's responses, from 0 to 1, that may fail before the run stops.
+        applies_to: The data sets, by their names or by what the rows' column `data_source` says, whose responses
+            this verifier scores; all where left out. Elsewhere it counts as if it were not there.
+        only_if_correct: Count only where the outcome verifiers listed before give full marks. Elsewhere an outcome
+            score is 0, and a shaping score adds nothing, so that it can never pay more than being right.
+        truncated: What is done with a response that was cut off: "scored" as any other, or "unanswered", which
+            is an outcome of 0 and adds nothing to the shaping.
     """
 
     requires = frozenset({"rollouts"})
@@ -45,16 +56,24 @@ class Verifier(Stage):
     def __init__(
         self,
         weight: float = 1.0,
-        role: Literal["outcome", "shaping"] = "outcome",
+        role: Role = "outcome",
         name: str | None = None,
         max_failure_rate: float = 0.01,
+        applies_to: Sequence[str] | None = None,
+        only_if_correct: bool = False,
+        truncated: Truncated = "scored",
     ) -> None:
         super().__init__()
         self.weight = weight
         self.role = role
         self.name = _WORD_START.sub("_", type(self).__name__).lower() if name is None else name
         self.max_failure_rate = max_failure_rate
+        self.applies_to = None if applies_to is None else tuple(applies_to)
+        self.only_if_correct = only_if_correct
+        self.truncated = truncated
         self._check_settings()
+        if only_if_correct:
+            self.requires = self.requires | {"scores"}  # type: ignore[misc]
         # only an outcome is a reward, which is what the module needs scores for
         self.provides = frozenset({"scores"} if role == "outcome" else ())  # type: ignore[misc]
         self._total, self._number = 0.0, 0.0  # of the shaping scores of all batches trained on so far
@@ -88,25 +107,48 @@ class Verifier(Stage):
         """Give each of N responses its score; overridden where a score needs more than the text, see `score`."""
         return self.score(rollouts.prompts, rollouts.responses)
 
+    def unusable(self, prompt: Prompt) -> str | None:
+        """Why this verifier can never score responses to a prompt, or `None`; asked when data sets are loaded."""
+        return None
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Whether responses to a prompt are scored here, see `applies_to`."""
+        return self.applies_to is None or not prompt.sources.isdisjoint(self.applies_to)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the order of the stages and that no two verifiers share a name."""
+        """Check the order of the stages, that no two verifiers share a name, and that every prompt has one."""
         super().setup(trainer, pl_module, stage)
         self._is_set_up = True
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, Verifier) and other is not self and other.name == self.name:
-                raise InputError(
-                    f"`trainer.callbacks` has two verifiers named {self.name!r} ({type(other).__name__} and "
-                    f"{type(self).__name__}); give one of them another `name`."
-                )
+        verifiers = [other for other in trainer.callbacks if isinstance(other, Verifier)]  # type: ignore[attr-defined]
+        check_together(self, verifiers)
+        check_routes(verifiers, getattr(trainer, "datamodule", None), stage)
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Score the sampled responses, and the greedy ones where there are any."""
         start = time.perf_counter()
         for rollouts in (batch.rollouts, batch.greedy_rollouts):
             if rollouts is not None:
-                values = self._score(rollouts)
-                rollouts.scores[self.name] = Scores(values, self.weight, self.role, self._mean())
+                rollouts.scores[self.name] = self._scores(rollouts)
         self._seconds += time.perf_counter() - start
+
+    def _scores(self, rollouts: Rollouts) -> Scores:
+        """The scores of N responses, of which `score` sees those that its verdict counts for."""
+        applies = [self.applies(prompt) for prompt in rollouts.prompts]
+        asked = list(applies)
+        if self.only_if_correct:
+            asked = [a and b for a, b in zip(asked, rollouts.correct.tolist(), strict=True)]
+        if self.truncated == "unanswered":
+            asked = [a and why != "length" for a, why in zip(asked, rollouts.finish_reasons, strict=True)]
+        values = torch.full((len(rollouts),), math.nan, device=rollouts.response_mask.device)
+        if self.role == "shaping":
+            applies = asked
+        else:
+            values[torch.tensor(applies, dtype=torch.bool)] = 0.0  # and what is asked for replaces it
+        rows = [row for row, is_asked in enumerate(asked) if is_asked]
+        values[rows] = self._score(rollouts if len(rows) == len(rollouts) else rollouts.rows(rows))
+        selects = self.applies_to is not None or self.only_if_correct or self.truncated == "unanswered"
+        counts = torch.tensor(applies, dtype=torch.bool, device=values.device) if selects else None
+        return Scores(values, self.weight, self.role, self._mean(), counts, self.only_if_correct)
 
     def _score(self, rollouts: Rollouts) -> torch.Tensor:
         """The scores, `[N]`, float32, NaN where there is no verdict."""
@@ -234,8 +276,10 @@ class Verifier(Stage):
 
     def _check_settings(self) -> None:
         who = type(self).__name__
-        if self.role not in ("outcome", "shaping"):
-            raise InputError(f'`{who}.role`={self.role!r} is no role; use "outcome" or "shaping".')
+        check_option(f"{who}.role", self.role, Role)
+        check_option(f"{who}.truncated", self.truncated, Truncated)
+        if self.applies_to is not None and not self.applies_to:
+            raise InputError(f"`{who}.applies_to`=[] names no data set; name one, or leave it out for all.")
         if not math.isfinite(self.weight) or (self.role == "outcome" and self.weight <= 0):
             raise InputError(
                 f"`{who}.weight`={self.weight} cannot weigh {self.role} scores; use a "

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sppo_lightning.base import PolicyModule
-from sppo_lightning.batch import Experience, PromptBatch, Replayed
+from sppo_lightning.batch import PromptBatch
 from sppo_lightning.batching import micro_batches
+from sppo_lightning.experience import Experience, Replayed
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import ValueLoss
 from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sppo_lightning import functional
-from sppo_lightning.batch import Outcomes
 from sppo_lightning.errors import InputError
+from sppo_lightning.experience import Outcomes
 
 
 class Advantage(ABC):

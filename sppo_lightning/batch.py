@@ -7,7 +7,7 @@ Every tensor's shape is said here and nowhere else. `B` prompts, `N` responses (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -31,6 +31,12 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for verifiers
 
     @property
+    def sources(self) -> set[str]:
+        """The names by which verifiers choose: of the data set, and in the row's column `data_source`."""
+        source = self.metadata.get("data_source")
+        return {self.dataset} if source is None else {self.dataset, str(source)}
+
+    @property
     def question(self) -> str:
         """What makes two rows the same problem: the turns, or the text where there are none."""
         if self.messages is None:
@@ -42,10 +48,17 @@ class Prompt:
 class Scores:
     """One verifier's verdicts on the responses of a batch."""
 
-    values: Tensor  # [N], float32; NaN where the verifier gave no verdict
+    values: Tensor  # [N], float32; NaN where the verifier gave no verdict, or does not apply
     weight: float
     role: Literal["outcome", "shaping"]
     baseline: float = 0.0  # running mean of a shaping score before this batch, in the score's own unit
+    applies: Tensor | None = None  # [N], bool; False where it does not count; None where it always does
+    gated: bool = False  # whether it counts only for correct responses, and so says nothing of which are
+
+    @property
+    def counts(self) -> Tensor:
+        """`[N]`, bool: the responses that this score is about."""
+        return torch.ones_like(self.values, dtype=torch.bool) if self.applies is None else self.applies
 
 
 @dataclass
@@ -68,29 +81,36 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def _weighted(self, role: str) -> tuple[Tensor, float]:
-        """Sum of `weight × (score − baseline)` over the verifiers of a role, float64, and the sum of the weights.
+    def _weighted(self, chosen: Iterable[Scores]) -> tuple[Tensor, Tensor]:
+        """`[N]` each, float64: sum of `weight × (score − baseline)` over the scores that count, and of the weights.
 
         In float64 the sum for scores of 1 is, bit for bit, that of the weights.
         """
         total = torch.zeros(len(self), dtype=torch.float64, device=self.response_mask.device)
-        weight = 0.0
-        for scores in self.scores.values():
-            if scores.role == role:
-                total = total + scores.weight * (scores.values.double() - scores.baseline)
-                weight += scores.weight
+        weight = torch.zeros_like(total)
+        for scores in chosen:
+            centred = scores.weight * (scores.values.double() - scores.baseline)
+            total = total + torch.where(scores.counts, centred, 0.0)
+            weight = weight + scores.weight * scores.counts.double()
         return total, weight
 
     @property
     def rewards(self) -> Tensor:
-        """`R`, `[N]`: weighted mean of the outcome scores, in [0, 1]; NaN where one gave no verdict."""
-        total, weight = self._weighted("outcome")
-        return (total / weight if weight else torch.full_like(total, torch.nan)).float()
+        """`R`, `[N]`: weighted mean of the outcome scores that count, in [0, 1]; NaN where one gave no verdict."""
+        total, weight = self._weighted(scores for scores in self.scores.values() if scores.role == "outcome")
+        return (total / weight).float()  # NaN where no verifier applies
+
+    @property
+    def correct(self) -> Tensor:
+        """`[N]`, bool: full marks by every outcome that is not itself given for correct responses only."""
+        judges = [scores for scores in self.scores.values() if scores.role == "outcome" and not scores.gated]
+        total, weight = self._weighted(judges)
+        return (total == weight) & (weight > 0)
 
     @property
     def shaping(self) -> Tensor:
-        """`[N]`: weighted sum of the centred shaping scores; NaN where any of them gave no verdict."""
-        return self._weighted("shaping")[0].float()
+        """`[N]`: weighted sum of the centred shaping scores that count; NaN where any of them gave no verdict."""
+        return self._weighted(scores for scores in self.scores.values() if scores.role == "shaping")[0].float()
 
     @property
     def lengths(self) -> list[int]:
@@ -108,7 +128,12 @@ class Rollouts:
             elif isinstance(value, list):
                 changes[entry.name] = [value[i] for i in picked.tolist()]
         changes["scores"] = {
-            name: dataclasses.replace(scores, values=scores.values[picked]) for name, scores in self.scores.items()
+            name: dataclasses.replace(
+                scores,
+                values=scores.values[picked],
+                applies=None if scores.applies is None else scores.applies[picked],
+            )
+            for name, scores in self.scores.items()
         }
         return dataclasses.replace(self, **changes)
 
@@ -160,110 +185,6 @@ def _join_scores(name: str, parts: Sequence[Scores]) -> Scores:
     return Scores(
         **{each: _join(f"{each} of {name!r}", [getattr(part, each) for part in parts]) for each in fields}
     )
-
-
-@dataclass
-class Outcomes:
-    """What advantages are made of, all from before the iteration's first update."""
-
-    rollouts: Rollouts
-    rewards: Tensor  # [N], R in [0, 1]; 0 where there is no verdict
-    verdicts: Tensor  # [N], bool; False where a verifier gave no verdict, so that the row teaches nothing
-    value_logits: Tensor | None = None  # [N], `v` of a critic that reads prompts
-    token_values: Tensor | None = None  # [N, T], V(s_t) of a critic that reads tokens, before it sees token t
-    penalties: Tensor | None = None  # [N, T], β · KL estimate, where that is part of the reward
-    greedy_rewards: Tensor | None = None  # [N], R of the greedy response to the same prompt
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    @property
-    def mask(self) -> Tensor:
-        """`[N, T]`: the response tokens of the rows that have a verdict."""
-        return self.rollouts.response_mask * self.verdicts[:, None]
-
-    @property
-    def penalized_rewards(self) -> Tensor:
-        """`[N]`: `R` minus the response's penalties."""
-        return (
-            self.rewards
-            if self.penalties is None
-            else self.rewards - torch.where(self.mask.bool(), self.penalties, 0.0).sum(1)
-        )
-
-
-@dataclass
-class Experience:
-    """What the updates of one iteration learn from; frozen before the first of them."""
-
-    rollouts: Rollouts
-    rewards: Tensor  # [N], R in [0, 1]; 0 where there is no verdict
-    advantages: Tensor  # [N], or [N, T] where each token has its own
-    verdicts: Tensor  # [N], bool; False where a verifier gave no verdict, so that the row teaches nothing
-    values: Tensor | None = None  # V of the critic before the updates: [N], or [N, T]
-    targets: Tensor | None = None  # what V should have been, of the same shape
-
-    def __len__(self) -> int:
-        return len(self.rollouts)
-
-    @property
-    def mask(self) -> Tensor:
-        """`[N, T]`: the response tokens that the policy learns from."""
-        return self.rollouts.response_mask * self.verdicts[:, None]
-
-    @property
-    def informative(self) -> list[int]:
-        """The rows with a verdict and an advantage other than exactly 0: all that a policy gradient comes from."""
-        moves = self.advantages.reshape(len(self), -1).ne(0).any(dim=1) if len(self) else self.verdicts
-        return (moves & self.verdicts).nonzero().squeeze(1).tolist()
-
-    def rows(self, index: Sequence[int]) -> Experience:
-        """The rows at `index`, in that order."""
-        picked = torch.as_tensor(index, dtype=torch.long, device=self.rewards.device)
-        return Experience(
-            self.rollouts.rows(index),
-            self.rewards[picked],
-            self.advantages[picked],
-            self.verdicts[picked],
-            None if self.values is None else self.values[picked],
-            None if self.targets is None else self.targets[picked],
-        )
-
-    def without_verdicts(self) -> Experience:
-        """The same rows, of which none teaches anything: for a rank that is done to go on with the others."""
-        return dataclasses.replace(self, verdicts=torch.zeros_like(self.verdicts))
-
-
-@dataclass
-class Replayed:
-    """Prompts of earlier iterations that the critic sees again in one update."""
-
-    prompts: list[Prompt]  # M
-    token_ids: list[Sequence[int]]  # M unpadded prompts in the policy's ids
-    targets: Tensor  # [M], float64, R
-    ages: Tensor  # [M], float64, iterations since they were sampled
-    weights: Tensor  # [M], float64; 0 for a row that only keeps a rank in step with the others
-
-    def rows(self, index: Sequence[int], counts: bool = True) -> Replayed:
-        """The rows at `index`, in that order; with weight 0 where they do not count."""
-        picked = torch.as_tensor(index, dtype=torch.long, device=self.weights.device)
-        return Replayed(
-            [self.prompts[i] for i in index],
-            [self.token_ids[i] for i in index],
-            self.targets[picked],
-            self.ages[picked],
-            self.weights[picked] * counts,
-        )
-
-
-@dataclass
-class MicroBatch:
-    """The rows of one backward, and the critic's."""
-
-    policy: Experience
-    critic: Experience  # other rows: a prompt without its response is short, and each has a target
-    replayed: Replayed | None  # what the critic sees again, if anything
-    index: list[int]  # positions of the policy's rows in the mini-batch of this rank
-    share: float  # 1 / (micro-batches of the mini-batch over all ranks)
-    last: bool  # whether it is the last of its mini-batch
 
 
 class PromptBatch:

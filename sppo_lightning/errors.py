@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import Any, get_args
 
 
@@ -17,3 +19,9 @@ def check_option(name: str, value: str, options: Any) -> None:
     """Raise `InputError` where the setting `name` is none of the texts of `options`, a `Literal`."""
     if value not in get_args(options):
         raise InputError(f"`{name}`={value} is unknown; use {' or '.join(get_args(options))}.")
+
+
+def nearest(word: str, options: Collection[str]) -> str:
+    """`", the nearest is …"` for the option most like `word`, or the empty string where none is like it."""
+    close = difflib.get_close_matches(word, list(options), n=1)
+    return f", the nearest is {close[0]}" if close else ""

@@ -12,9 +12,10 @@ from torch import Tensor
 from sppo_lightning import functional
 from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
-from sppo_lightning.batch import Experience, MicroBatch, Outcomes, PromptBatch, Replayed, Rollouts
+from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.batching import MicroRows, check_mini_batch_size, micro_batches, mini_batches
 from sppo_lightning.combination import KLPlace, check_combination, check_sampling
+from sppo_lightning.experience import Experience, MicroBatch, Outcomes, Replayed
 from sppo_lightning.functional import KLEstimator
 from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy, Critic

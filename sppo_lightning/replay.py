@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from sppo_lightning.batch import Experience, Prompt, Replayed
+from sppo_lightning.batch import Prompt
 from sppo_lightning.errors import InputError
+from sppo_lightning.experience import Experience, Replayed
 from sppo_lightning.ranks import gather_objects, rank_and_ranks
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sppo_lightning.advantages import SequenceAdvantage
-from sppo_lightning.batch import Outcomes
 from sppo_lightning.errors import InputError
+from sppo_lightning.experience import Outcomes
 from sppo_lightning.ranks import gather_objects
 
 Key = tuple[str, int]  # (dataset, row) identifies a prompt

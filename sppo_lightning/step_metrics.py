@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo_lightning.batch import Experience, MicroBatch
 from sppo_lightning.calibration import critic_metrics
+from sppo_lightning.experience import Experience, MicroBatch
 from sppo_lightning.meter import Meter
 
 

@@ -3,8 +3,9 @@
 import torch
 from tiny import make_policy
 
-from sppo_lightning.batch import Outcomes, Prompt, PromptBatch
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.experience import Outcomes
 
 
 def outcomes(rows: list[tuple[int, float | None, float]], dataset: str = "sums") -> Outcomes:

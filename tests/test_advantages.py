@@ -16,8 +16,9 @@ from sppo_lightning.advantages import (
     LeaveOneOutAdvantage,
     SequenceAdvantage,
 )
-from sppo_lightning.batch import Outcomes, Prompt, Rollouts
+from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.errors import InputError
+from sppo_lightning.experience import Outcomes
 from sppo_lightning.objectives import BinaryCrossEntropy
 
 SETTINGS = [(1.0, 1.0), (0.5, 0.5), (0.5, 1.0), (1.0, 0.0)]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sppo_lightning.batch import Experience, Prompt, PromptBatch, Rollouts, Scores
+from sppo_lightning.batch import Prompt, PromptBatch, Rollouts, Scores
 
 NAN = math.nan
 
@@ -183,18 +183,6 @@ def test_concat_needs_parts_and_an_index_for_each_response():
         Rollouts.concat([rollouts(), one_more()], [0, 0, 1])
     with pytest.raises(ValueError, match=r"0 prompt indices for \[\] responses"):
         Rollouts.concat([], [])
-
-
-def test_experience_masks_what_has_no_verdict():
-    made = Experience(
-        rollouts(), torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.5, -0.5, 0.0]), torch.tensor([True, True, False])
-    )
-    assert made.mask.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-    picked = made.rows([2, 0])
-    assert picked.rewards.tolist() == [0.5, 1.0]
-    assert picked.advantages.tolist() == [0.0, 0.5]
-    assert picked.verdicts.tolist() == [False, True]
-    assert picked.rollouts.responses == ["z z z", "x y"]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from tiny_config import write_files
 from torch import Tensor
 
 from sppo_lightning.advantages import Advantage
-from sppo_lightning.batch import Outcomes, Prompt, PromptBatch
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import Verifier
 from sppo_lightning.cli import command_line, main
+from sppo_lightning.experience import Outcomes
 
 OVERLAY = f"""
 model:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.advantages import GAE
-from sppo_lightning.batch import Experience
 from sppo_lightning.errors import InputError
+from sppo_lightning.experience import Experience
 from sppo_lightning.models import TokenCritic
 from sppo_lightning.replay import CriticReplay
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
-from sppo_lightning.data.sources import PromptSource, Row, nearest
-from sppo_lightning.errors import InputError
+from sppo_lightning.data.sources import PromptSource, Row
+from sppo_lightning.errors import InputError, nearest
 
 Turns = tuple[Mapping[str, str], ...]
 

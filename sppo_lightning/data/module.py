@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -15,6 +16,7 @@ from sppo_lightning.data.layouts import RowError, read_source
 from sppo_lightning.data.loader import PromptLoader
 from sppo_lightning.data.sources import PromptFile, PromptSource
 from sppo_lightning.errors import InputError
+from sppo_lightning.routing import why_unusable
 
 _CHUNK = 1024  # prompts tokenized at a time when their lengths are checked
 
@@ -150,6 +152,7 @@ class PromptDataModule(LightningDataModule):
         """The prompts of one data set that can be used and are short enough."""
         source = PromptFile(source) if isinstance(source, str) else source
         records, bad = read_source(source, gold_required)
+        verifiers = [each for each in self._the_trainer.callbacks if hasattr(each, "unusable")]  # type: ignore[attr-defined]
         prompts = []
         for record in records:
             try:
@@ -157,9 +160,11 @@ class PromptDataModule(LightningDataModule):
             except RowError as error:
                 bad.add(record.row, str(error))
                 continue
-            prompts.append(
-                Prompt(text, record.gold, name, record.row, turns, record.demonstration, record.metadata)
-            )
+            prompt = Prompt(text, record.gold, name, record.row, turns, record.demonstration, record.metadata)
+            if gold_required and (why := why_unusable(prompt, verifiers)) is not None:
+                bad.add(record.row, why)
+                continue
+            prompts.append(prompt)
         if bad and self.on_bad_row == "error":
             way_out = "mend or remove them, or set `on_bad_row` to skip"
             raise InputError(f"{source.origin} has {bad.summary()}; {way_out}.")
@@ -185,6 +190,12 @@ class PromptDataModule(LightningDataModule):
             lengths = map(len, prompt_format.encode([prompt.text for prompt in chunk]))
             short += [p for p, n in zip(chunk, lengths, strict=True) if n <= self.max_prompt_tokens]
         return short
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompts of every data set that was set up."""
+        loaders = [each for loaders in self._loaders.values() for each in loaders]
+        for loader in [*loaders, *([self._train_loader] if self._train_loader else [])]:
+            yield from loader.prompts
 
     def train_dataloader(self) -> PromptLoader:
         """The loader of training batches; always the same one, because it knows how far it is."""

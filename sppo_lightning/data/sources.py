@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, nearest
 
 Split = TypeVar("Split")
 Row = Mapping[str, Any]  # column → value, as the file gives it
@@ -94,12 +93,6 @@ class PromptFile(PromptSource):
         else:
             rows = chain.from_iterable(map(_file_rows, _files_of(Path(self.path).expanduser(), self.split)))
         return islice(rows, self.limit)
-
-
-def nearest(word: str, options: Collection[str]) -> str:
-    """`", the nearest is …"` for the option most like `word`, or the empty string where none is like it."""
-    close = difflib.get_close_matches(word, list(options), n=1)
-    return f", the nearest is {close[0]}" if close else ""
 
 
 def _file_rows(path: Path) -> Iterable[Row]:

@@ -266,12 +266,16 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def is_well_formed(gold: str) -> bool:
-    """Whether a gold answer can be compared at all: not empty, at most 512 characters, braces balanced."""
+def why_ill_formed(gold: str) -> str | None:
+    """Why a gold answer cannot be compared with anything, or `None` where it can."""
+    if not gold.strip():
+        return "the gold answer is empty"
+    if len(gold.strip()) > MAX_ANSWER_CHARS:
+        return f"the gold answer is longer than {MAX_ANSWER_CHARS} characters"
     depth = 0
     for token in _BRACES.finditer(gold):
         if token.group()[-1] in "{}" and token.group() not in (r"\{", r"\}"):
             depth += 1 if token.group()[-1] == "{" else -1
             if depth < 0:
-                return False
-    return depth == 0 and 0 < len(gold.strip()) <= MAX_ANSWER_CHARS
+                break
+    return None if depth == 0 else f"the braces of the gold answer {gold!r} do not match"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from sppo_lightning.errors import InputError
-from sppo_lightning.verification.answers import compare, extract_answer, is_refused, is_well_formed, sides
+from sppo_lightning.verification.answers import compare, extract_answer, is_refused, sides, why_ill_formed
 from sppo_lightning.verification.workers import WorkerPool
 
 MathStatus = Literal["correct", "wrong", "no_answer", "timeout", "crashed", "unparsable_gold"]
@@ -71,7 +71,7 @@ def verify_math(
 
 def _decide(answer: str | None, gold: str) -> MathStatus | None:
     """The verdict as far as it needs no worker; `None` where it needs one."""
-    if not is_well_formed(gold):
+    if why_ill_formed(gold) is not None:
         return "unparsable_gold"
     if answer is None:
         return "no_answer"

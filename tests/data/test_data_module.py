@@ -6,10 +6,21 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from sppo_lightning.callbacks import MathVerifier
 from sppo_lightning.data import PromptDataModule, PromptFile
 from sppo_lightning.errors import InputError
+from sppo_lightning.pipeline import Stage
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+class NoRollouts(Stage):
+    """Stands where the policy would sample."""
+
+    provides = frozenset({"rollouts"})
+
+    def process(self, batch, trainer, module):
+        """Leave the batch without responses."""
 
 
 class Reader(LightningModule):
@@ -20,6 +31,7 @@ class Reader(LightningModule):
         self.policy = SimpleNamespace(tokenizer=tokenizer)
         self.automatic_optimization = False
         self.drawn = {}
+        self.phase_seconds = {}
 
     def _note(self, batch, dataloader_idx=0):
         self.drawn.setdefault(dataloader_idx, []).extend((p.dataset, p.row, p.gold) for p in batch.prompts)
@@ -120,6 +132,27 @@ def test_bad_rows_are_skipped_where_that_is_asked_for(trainer, chat_tokenizer, w
         InputError, match=r"has nothing but 1 unusable row, .* \(row 0: no prompt in prompt\); mend"
     ):
         trainer.validate(module, data)
+
+
+def test_verifiers_are_asked_whether_they_can_do_anything_with_a_row(trainer, tokenizer, write_jsonl):
+    rows = [
+        {"prompt": "one", "answer": r"\frac{1}{2}"},
+        {"prompt": "two", "answer": r"\frac{1"},
+        {"prompt": "three", "answer": r"\frac{1", "data_source": "words"},
+    ]
+    verifier = MathVerifier(applies_to=["some"])
+    trainer.callbacks += [NoRollouts(), verifier]
+    with pytest.raises(InputError) as caught:
+        trainer.validate(Reader(tokenizer), PromptDataModule(validation={"some": write_jsonl(rows)}))
+    assert "2 unusable rows, counted from 0 (rows 1, 2: the braces of the gold answer" in str(caught.value)
+    verifier.applies_to = ("words",)
+    with pytest.raises(InputError, match=r"1 unusable row, counted from 0 \(row 2: the braces"):
+        trainer.validate(Reader(tokenizer), PromptDataModule(validation={"some": write_jsonl(rows)}))
+    verifier.applies_to = None
+    data, module = PromptDataModule(validation={"some": write_jsonl(rows)}, on_bad_row="skip"), Reader(tokenizer)
+    trainer.validate(module, data)
+    assert data.skipped == {"some": 2}
+    assert [row for _, row, _ in module.drawn[0]] == [0]
 
 
 def test_over_long_prompts_are_left_out_after_templating_and_counted(

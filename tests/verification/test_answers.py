@@ -9,10 +9,10 @@ from sppo_lightning.verification.answers import (
     extract_answer,
     extract_boxed,
     is_refused,
-    is_well_formed,
     normalize,
     quantity,
     sides,
+    why_ill_formed,
 )
 
 
@@ -197,7 +197,7 @@ def test_not_refused(answer: str):
     ],
 )
 def test_well_formed(gold: str, expected: bool):
-    assert is_well_formed(gold) is expected
+    assert (why_ill_formed(gold) is None) is expected
 
 
 @pytest.mark.parametrize(
