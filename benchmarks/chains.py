@@ -11,7 +11,7 @@ from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
 from sppo_lightning.data import ChainTask
 from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.models import CausalLMPolicy
-from sppo_lightning.verification.answers import extract_boxed
+from sppo_lightning.verification.extraction import extract_boxed
 
 
 def chains(

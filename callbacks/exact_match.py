@@ -7,7 +7,7 @@ from typing import Any, Literal
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks.verifier import Truncated, Verifier
 from sppo_lightning.errors import InputError
-from sppo_lightning.verification.answers import extract_boxed
+from sppo_lightning.verification.extraction import extract_boxed
 
 
 class ExactMatch(Verifier):

@@ -10,7 +10,7 @@ from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks.verifier import Truncated, Verifier
 from sppo_lightning.errors import InputError
 from sppo_lightning.verification import close_workers, verify_math
-from sppo_lightning.verification.answers import why_ill_formed
+from sppo_lightning.verification.refusals import why_ill_formed
 
 
 class MathVerifier(Verifier):
@@ -24,6 +24,8 @@ class MathVerifier(Verifier):
     Args:
         timeout_seconds: Time that one comparison may take in a worker before it is killed.
         workers: Number of worker processes, started by the first comparison that needs one.
+        numeric_tolerance: Relative distance up to which two numbers are equal, such as 0.01 for answers that were
+            measured or rounded; exactly equal by default.
         truncated: A response that was cut off is "unanswered", which scores 0, or "scored" as any other.
         **settings: Those of every verifier: see `Verifier`.
     """
@@ -32,6 +34,7 @@ class MathVerifier(Verifier):
         self,
         timeout_seconds: float = 2.0,
         workers: int = 2,
+        numeric_tolerance: float = 0.0,
         truncated: Truncated = "unanswered",
         **settings: Any,
     ) -> None:
@@ -40,8 +43,13 @@ class MathVerifier(Verifier):
             raise InputError(f"`MathVerifier.timeout_seconds`={timeout_seconds} is no time; use 2.0.")
         if workers < 1:
             raise InputError(f"`MathVerifier.workers`={workers} leaves nobody to compare answers; use 1 or more.")
+        if not 0 <= numeric_tolerance < 1:
+            raise InputError(
+                f"`MathVerifier.numeric_tolerance`={numeric_tolerance} is no relative distance; use one from 0 to 1."
+            )
         self.timeout_seconds = timeout_seconds
         self.workers = workers
+        self.numeric_tolerance = numeric_tolerance
 
     def unusable(self, prompt: Prompt) -> str | None:
         """A gold answer that is empty, too long or cut off in the middle of a formula."""
@@ -54,6 +62,7 @@ class MathVerifier(Verifier):
             [prompt.gold for prompt in prompts],
             timeout_seconds=self.timeout_seconds,
             workers=self.workers,
+            numeric_tolerance=self.numeric_tolerance,
         )
         self.counts["timeouts"] += sum(verdict.status == "timeout" for verdict in verdicts)
         self.counts["errors"] += sum(verdict.status == "crashed" for verdict in verdicts)

@@ -19,7 +19,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.calibration import critic_metrics
-from sppo_lightning.verification.answers import exact_number, extract_answer, normalize
+from sppo_lightning.verification.extraction import extract_answer
+from sppo_lightning.verification.notation import normalize
+from sppo_lightning.verification.numbers import exact_number
 
 _COLUMNS = ("dataset", "row", "sample", "problem", "greedy", "reward", "value", "answer")
 _ORDER = _COLUMNS[:3]  # says which response is earlier, whatever rank it was sampled on
@@ -44,7 +46,10 @@ def answer_key(response: str) -> float:
     answer = extract_answer(response)
     if answer is None:
         return math.nan
-    text = normalize(answer)
+    try:
+        text = normalize(answer)
+    except Malformed:
+        text = answer
     number = exact_number(text)
     return float(_digest(text if number is None else str(number)))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from sppo_lightning.errors import InputError
-from sppo_lightning.verification.answers import compare, extract_answer, is_refused, sides, why_ill_formed
+from sppo_lightning.verification.comparison import Comparison
+from sppo_lightning.verification.extraction import extract_answer
+from sppo_lightning.verification.notation import Malformed, normalize
+from sppo_lightning.verification.refusals import why_ill_formed
 from sppo_lightning.verification.workers import WorkerPool
 
 MathStatus = Literal["correct", "wrong", "no_answer", "timeout", "crashed", "unparsable_gold"]
@@ -37,7 +41,12 @@ class MathVerdict:
 
 
 def verify_math(
-    responses: Sequence[str], golds: Sequence[str], *, timeout_seconds: float = 2.0, workers: int = 2
+    responses: Sequence[str],
+    golds: Sequence[str],
+    *,
+    timeout_seconds: float = 2.0,
+    workers: int = 2,
+    numeric_tolerance: float = 0.0,
 ) -> list[MathVerdict]:
     """Compare the final answer of each response with its gold answer.
 
@@ -46,6 +55,7 @@ def verify_math(
         golds: The gold answer to each.
         timeout_seconds: Time that one comparison may take in a worker before it is killed and scored 0.
         workers: Number of worker processes, started by the first comparison that needs one.
+        numeric_tolerance: Relative distance up to which two numbers are equal; exactly equal by default.
 
     Returns:
         One verdict for each response, in order. Equal (answer, gold) pairs are compared once.
@@ -60,27 +70,25 @@ def verify_math(
         )
     answers = [extract_answer(response) for response in responses]
     pairs = list(zip(answers, golds, strict=True))
-    statuses = {pair: _decide(*pair) for pair in dict.fromkeys(pairs)}
+    statuses = {pair: _decide(*pair, numeric_tolerance) for pair in dict.fromkeys(pairs)}
     undecided = [pair for pair, status in statuses.items() if status is None]
     if undecided:
-        items = [(sides(answer or "", gold), gold) for answer, gold in undecided]
+        items = [(normalize(answer or ""), normalize(gold), numeric_tolerance) for answer, gold in undecided]
         found = _pool(workers).run(items, timeout_seconds)
         statuses.update(zip(undecided, cast(list[MathStatus], found), strict=True))
     return [MathVerdict(status=cast(MathStatus, statuses[pair]), answer=pair[0]) for pair in pairs]
 
 
-def _decide(answer: str | None, gold: str) -> MathStatus | None:
+def _decide(answer: str | None, gold: str, tolerance: float) -> MathStatus | None:
     """The verdict as far as it needs no worker; `None` where it needs one."""
     if why_ill_formed(gold) is not None:
         return "unparsable_gold"
     if answer is None:
         return "no_answer"
-    verdict = compare(answer, gold)
-    if verdict is None and is_refused(answer, gold):
+    try:
+        verdict = Comparison(lambda *_: None, tolerance).agree(normalize(answer), normalize(gold))
+    except Malformed:
         verdict = False
-    if verdict is None:
-        parts = [compare(side, gold) for side in sides(answer, gold)]
-        verdict = False if False in parts else None if None in parts else True
     return None if verdict is None else "correct" if verdict else "wrong"
 
 
@@ -97,4 +105,5 @@ def close_workers() -> None:
         pool.close()
 
 
+atexit.register(close_workers)  # else a worker that is being replaced at exit says so in a traceback
 os.register_at_fork(after_in_child=_pools.clear)  # a forked process cannot use its parent's workers

@@ -23,6 +23,9 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from sppo_lightning.verification.comparison import Comparison
+from sppo_lightning.verification.symbolic import UnreadableGold, equal
+
 MEMORY_BYTES = 2 * 1024**3  # what a worker may map on top of what it has mapped when it is ready
 TASKS_PER_WORKER = 500  # then it is replaced, because sympy's caches only grow
 
@@ -39,8 +42,8 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
 
-    def run(self, items: Sequence[tuple[Sequence[str], str]], timeout_seconds: float) -> list[str]:
-        """The status of each (claims, gold) pair, as `check` says it, or "timeout" or "crashed".
+    def run(self, items: Sequence[tuple[str, str, float]], timeout_seconds: float) -> list[str]:
+        """The status of each (answer, gold, tolerance), as `check` says it, or "timeout" or "crashed".
 
         An item's time starts when a ready worker takes it; the worker is killed when it is up.
         """
@@ -55,11 +58,11 @@ class WorkerPool:
             pool.stop()
             pool.join()
 
-    def _schedule(self, item: tuple[Sequence[str], str], timeout_seconds: float) -> ProcessFuture:
+    def _schedule(self, item: tuple[str, str, float], timeout_seconds: float) -> ProcessFuture:
         with self._lock:
             if self._pool is None or not self._pool.active:
                 context = _Context()
-                context.set_forkserver_preload([__name__, "math_verify"])
+                context.set_forkserver_preload([__name__, "math_verify", "latex2sympy2_extended"])
                 self._pool = ProcessPool(self.workers, TASKS_PER_WORKER, _start_worker, context=context)
             return self._pool.schedule(check, args=item, timeout=timeout_seconds)
 
@@ -103,7 +106,7 @@ def _start_worker() -> None:
     # pebble's own handler waits for the interpreter, which one big integer can hold for hours
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
-    check((r"\sqrt{2}",), r"\sqrt{3}")
+    check(r"\sqrt{2}x", r"\sqrt{3}x", 0.0)
     if sys.platform == "linux":
         _die_with_parent()
         _limit_resources()
@@ -131,44 +134,19 @@ def _limit_resources() -> None:
     os.dup2(silence, 2)
 
 
-def check(claims: Sequence[str], gold: str) -> str:
-    """Whether math-verify finds each claim equal to the gold answer. Runs in a worker.
-
-    Args:
-        claims: What the response says the answer is, all of which must hold.
-        gold: The gold answer.
+def check(answer: str, gold: str, tolerance: float) -> str:
+    """Whether an answer is the gold answer, both as canonical text. Runs in a worker.
 
     Returns:
         "correct", "wrong", "unparsable_gold", or "timeout" where the memory ran out; never a parsed object,
         whose printing or pickling alone can hang.
     """
     try:
-        expected = _parse(gold)
-        if not expected:
-            return "unparsable_gold"
-        return "correct" if all(_is_equal(expected, _parse(claim)) for claim in claims) else "wrong"
+        rules = Comparison(lambda left, right: equal(left, right, tolerance), tolerance)
+        return "correct" if rules.agree(answer, gold) else "wrong"
+    except UnreadableGold:
+        return "unparsable_gold"
     except MemoryError:
         return "timeout"
     except Exception:  # whatever sympy raises on it, it was not shown to be right
         return "wrong"
-
-
-def _parse(answer: str) -> list[Any]:
-    r"""The LaTeX of an answer as sympy objects; boxed, because `3\sqrt{13}` alone would be read as 3."""
-    from math_verify import LatexExtractionConfig, parse
-
-    # LaTeX alone: math-verify's other reader passes text to sympy's parse_expr, which evaluates Python
-    latex = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse(rf"\boxed{{{answer}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
-
-
-def _is_equal(expected: list[Any], claimed: list[Any]) -> bool:
-    from math_verify import verify
-
-    if not claimed or not verify(expected, claimed, timeout_seconds=None):
-        return False
-    left, right = expected[0], claimed[0]
-    if not (getattr(left, "is_number", False) and getattr(right, "is_number", False)):
-        return True
-    # math-verify rounds to six digits: 1.414214 would pass for the square root of 2
-    return bool(abs((left - right).evalf(30)) <= 1e-12 * abs(left.evalf(30)))

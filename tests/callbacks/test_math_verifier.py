@@ -48,6 +48,17 @@ def test_settings_that_cannot_be():
         MathVerifier(timeout_seconds=0)
     with pytest.raises(InputError, match="workers"):
         MathVerifier(workers=0)
+    with pytest.raises(InputError, match="numeric_tolerance"):
+        MathVerifier(numeric_tolerance=1.0)
+
+
+def test_a_tolerance_holds_in_the_trainer_and_in_the_workers():
+    verifier = MathVerifier(numeric_tolerance=0.01, timeout_seconds=20)
+    golds = prompts("100", "100", r"\pi", r"\pi")
+    responses = [r"\boxed{101}", r"\boxed{102}", r"\boxed{3.14}", r"\boxed{3.2}"]
+    assert verifier.score(golds, responses) == [1.0, 0.0, 1.0, 0.0]
+    assert MathVerifier(timeout_seconds=20).score(golds, responses) == [0.0] * 4
+    close_workers()
 
 
 def test_data_loader_workers_leave_the_trainer_s_pool_alone():

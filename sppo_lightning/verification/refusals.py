@@ -1,0 +1,87 @@
+"""What a computer algebra system must not see, told from the text alone; and golds that nothing can equal."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from sppo_lightning.verification.extraction import MAX_ANSWER_CHARS
+from sppo_lightning.verification.notation import Malformed, normalize
+
+_COSTLY = re.compile(
+    r"[0-9]{100}"  # huge numbers
+    r"|\^\{?[+-]?[0-9]{6}|××"  # huge exponents; Python's power is no LaTeX
+    r"|\^[\s{(+-]*[0-9]+[\s})]*\^"  # towers of numbers
+    r"|[0-9]{4}\s*!|!\s*!"  # huge and repeated factorials
+    r"|(?<!_)[0-9] [0-9]"  # two numbers side by side are neither one nor a product
+    r"|__|[\"`@#&?]|==|!="  # code
+)
+_MAX_DEPTH = 16
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_COMMAND_NAMES = """
+frac sqrt binom div pi theta alpha beta gamma delta epsilon varepsilon lambda mu sigma phi varphi omega rho tau
+zeta eta kappa nu xi chi psi Omega Delta Gamma Lambda Sigma Phi Psi Theta infty sin cos tan cot sec csc arcsin
+arccos arctan sinh cosh tanh log ln lg exp lfloor rfloor lceil rceil overline bar vec hat gcd max min sum prod int
+lim to begin end setminus
+"""
+_COMMANDS = frozenset(_COMMAND_NAMES.split())
+
+
+def is_refused(answer: str, gold: str) -> bool:
+    """Whether canonical text is costly, approximate or no mathematics, and not what the gold answer is made of."""
+    if len(answer) > MAX_ANSWER_CHARS or depth(answer) > _MAX_DEPTH or _COSTLY.search(answer):
+        return True
+    if re.search(r"\)\s*!", answer) and "!" not in gold:
+        return True
+    if ("≈" in answer) != ("≈" in gold) or r"\ldots" in answer:
+        return True
+    known = _COMMANDS.union(_COMMAND.findall(gold))
+    return any(command not in known for command in _COMMAND.findall(answer))
+
+
+def depth(text: str) -> int:
+    """The deepest nesting of brackets; 0 where nothing nests."""
+    now = deepest = 0
+    for symbol in text:
+        if symbol in "{([":
+            now += 1
+            deepest = max(deepest, now)
+        elif symbol in "])}":
+            now -= 1
+    return deepest
+
+
+_DANGLING = re.compile(r"(?:[-+×=^_/<>≤≥≠±∪∩∈(\[{⟨⦃]|\\[A-Za-z]*(?:frac|sqrt|binom|begin|left|right|div|text)|\\)$")
+
+
+@lru_cache(maxsize=4096)
+def why_ill_formed(gold: str) -> str | None:
+    """Why a gold answer cannot be compared with anything, or `None` where it can."""
+    if len(gold.strip()) > MAX_ANSWER_CHARS:
+        return f"the gold answer is longer than {MAX_ANSWER_CHARS} characters"
+    try:
+        text = normalize(gold)
+    except Malformed as error:
+        return f"the gold answer {gold!r} cannot be read: {error}"
+    if not text or text in ("$", r"\boxed", r"\fbox"):
+        return "the gold answer is empty" if not gold.strip() else f"the gold answer {gold!r} holds nothing"
+    if not re.search(r"[0-9A-Za-z∅]", text):
+        return f"the gold answer {gold!r} says nothing"
+    if not _is_balanced(text):
+        return f"the brackets of the gold answer {gold!r} do not match"
+    if _DANGLING.search(text) or text.count(r"\begin") != text.count(r"\end"):
+        return f"the gold answer {gold!r} breaks off"
+    return None
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether braces match, and as many other brackets open as close: an interval may be half open."""
+    braces = 0
+    for symbol in text:
+        braces += (symbol == "{") - (symbol == "}")
+        if braces < 0:
+            return False
+    opened = sum(symbol in "([" for symbol in text)
+    closed = sum(symbol in ")]" for symbol in text)
+    is_option = re.fullmatch(r"[A-Za-z0-9]{1,3}\)", text) is not None
+    return braces == 0 and text.count("⦃") == text.count("⦄") and (opened == closed or is_option)
