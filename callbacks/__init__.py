@@ -7,8 +7,8 @@ from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
+from sppo_lightning.callbacks.length_penalty import LengthPenalty
 from sppo_lightning.callbacks.math_verifier import MathVerifier
-from sppo_lightning.callbacks.overlong_penalty import OverlongPenalty
 from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
@@ -24,8 +24,8 @@ __all__ = [
     "ExactMatch",
     "HFExport",
     "InitialValidation",
+    "LengthPenalty",
     "MathVerifier",
-    "OverlongPenalty",
     "ReferenceRefresh",
     "RichProgress",
     "RolloutGeneration",
