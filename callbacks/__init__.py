@@ -5,6 +5,7 @@ from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
+from sppo_lightning.callbacks.format_verifier import FormatVerifier
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.length_penalty import LengthPenalty
@@ -22,6 +23,7 @@ __all__ = [
     "CriticCalibration",
     "DynamicSampling",
     "ExactMatch",
+    "FormatVerifier",
     "HFExport",
     "InitialValidation",
     "LengthPenalty",
