@@ -15,6 +15,7 @@ from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.run_summary import RunSummary
 from sppo_lightning.callbacks.sample_log import SampleLog
+from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "RolloutGeneration",
     "RunSummary",
     "SampleLog",
+    "StepQuality",
     "Verifier",
 ]
