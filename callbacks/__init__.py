@@ -12,6 +12,7 @@ from sppo_lightning.callbacks.length_penalty import LengthPenalty
 from sppo_lightning.callbacks.math_verifier import MathVerifier
 from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
+from sppo_lightning.callbacks.reward_model_verifier import RewardModelVerifier
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.run_summary import RunSummary
 from sppo_lightning.callbacks.sample_log import SampleLog
@@ -30,6 +31,7 @@ __all__ = [
     "LengthPenalty",
     "MathVerifier",
     "ReferenceRefresh",
+    "RewardModelVerifier",
     "RichProgress",
     "RolloutGeneration",
     "RunSummary",
