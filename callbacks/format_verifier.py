@@ -22,7 +22,8 @@ class FormatVerifier(Verifier):
         require: Regular expressions that must each match, such as `\\boxed\{.+\}\s*\Z`.
         forbid: Regular expressions of which none may match.
         think: A response must begin with exactly one `<think>…</think>` that is not empty, with an answer behind
-            it. Where the chat template ends the prompt with `<think>`, it starts inside that block.
+            it. Where the chat template ends the prompt with `<think>`, it starts inside that block. The tags must
+            be text: responses come without a tokenizer's special tokens.
         timeout_seconds: Time that the patterns may take on one response. A response on which they take longer
             scores 0.0, and is counted in `verifier/<name>/timeouts`.
         role: "shaping" or "outcome", see `Verifier`.

@@ -42,7 +42,7 @@ _KINDS = {
     "(": r"[(\[{]",
     ")": r"[)\]}]",
     "raised": r"[⁰¹²³⁴-⁹]+",
-    "hard": r"\.{2,}|…|\\[A-Za-z]+|(?<=[0-9])[,:](?=[0-9])|(?<=[A-Za-z])'",
+    "hard": r"\.{2,}|…|\\[A-Za-z]+|(?<=[0-9])[,:](?=[0-9])|(?<=[0-9] ):(?= [0-9])|(?<=[A-Za-z])'",
     "word": r"[^\W\d_]+",
     "soft2": r"[\n.,;:?\"'“”‘’`—]",
     "other": r"[\s\S]",
@@ -57,7 +57,7 @@ _OPERATORS = frozenset("+-*/^")
 # words that compute something, or say that the number beside them is not the whole of its side
 _PARTIAL = re.compile(
     r"(?i)\b(?:of|mod|modulo|times|plus|minus|over|divided|multiplied|by|than|to|into|from|sqrt|root|sin|cos|tan|log|ln"
-    r"|exp|gcd|lcm|max|min|floor|ceil|abs|choose|squared|cubed|percent|pi|remainder|rem|with|base|hundred|thousand"
+    r"|exp|gcd|lcm|max|min|floor|ceil|abs|choose|squared|cubed|square|cube|twice|double|triple|percent|pi|remainder|rem|with|base|hundred|thousand"
     r"|million|billion|trillion|dozen|half|rounded|approximately|approx|about|between|factorial|negative|quotient)\b"
 )
 _CONNECTIVE = re.compile(r"(?i)\b(?:and|so|then|but|which|hence|thus|now|because|since|while|where)\b")
@@ -190,11 +190,14 @@ def _continues_before(
     last = tokens[start - 1]
     if last.kind == "hard":
         return True
+    bare = expression is not None and not expression.has_operator
     if last.kind == "soft":
-        # a line that ends in an operator goes on
-        return last.text == "\n" and start > 1 and tokens[start - 2].kind in _OPERATORS | _RELATIONS
+        earlier = tokens[start - 2].kind if start > 1 else ""
+        # a line that ends in an operator goes on, and "the mean of 3, 4, 5 = 12/3" is not about 5
+        open_line = last.text == "\n" and earlier in _OPERATORS | _RELATIONS
+        return open_line or (last.text == "," and earlier == "number" and bare)
     partial = len(last.text) < 2 or _PARTIAL.search(last.text) is not None
-    bare = expression is not None and not expression.has_operator  # "the area of the square of side 3 = 9"
+    # bare: "the area of a square of side 3 = 9"
     return partial or bare or (tokens[start].glued and not stripped) or (signed and side[0].glued)
 
 
@@ -204,7 +207,7 @@ def _continues_after(tokens: Sequence[Token], end: int, opened: bool) -> bool:
         return False
     following = tokens[end]
     if following.kind == "soft":
-        return False
+        return following.text == "?"  # which claims nothing
     if following.kind == "hard" or (following.glued and not opened):
         return True
     if len(following.text) < 2 or _PARTIAL.search(following.text):

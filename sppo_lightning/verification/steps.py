@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # it imports torch
 MAX_CHARACTERS = 200_000  # of a response; what lies beyond is not read
 MAX_STATEMENTS = 1000  # of a response; what comes after them is not judged
 
-_BREAK = re.compile(r"</?think>|\\\\|\\(?:begin|end)\{[A-Za-z]{1,12}\*?\}|```[a-z]*")
+_ALIGNED = r"(?:align|aligned|equation|gather|gathered|multline|split)"  # whose lines are lines; a matrix's are not
+_BREAK = re.compile(rf"</?think>|\\\\|\\(?:begin|end)\{{{_ALIGNED}\*?\}}|```[a-z]*")
 _NUMBERED = re.compile(
     r"(?:#{1,6} {1,4})?[*_]{0,2}(?:step {1,4}[0-9]{1,3}|\(?[0-9]{1,3}[.)](?=[ *_]|$))[*_]{0,2} ?[:.)—–-]?[*_]{0,2}",
     re.IGNORECASE,

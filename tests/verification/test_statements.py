@@ -124,6 +124,8 @@ def test_every_link_of_a_chain():
             "the sum of the first 10 = 5 × 11",
             "10/3 = 3.3 (rounded)",
         ),
+        *("twice 3 + 4 = 10", "the mean of 3, 4, 5 = 12/3", "in the ratio 3 : 4 = 6/8"),
+        "Is 3 + 4 = 8?",
         # other notations
         *(
             "1,5 + 2 = 3,5",

@@ -53,6 +53,11 @@ def test_a_chain_over_several_lines_is_one_step():
     assert judge_arithmetic(split_steps(response)) == [False]
 
 
+def test_the_lines_of_a_matrix_are_not_taken_for_a_side():
+    response = r"\begin{pmatrix} 3 \\ 4 \end{pmatrix} = 3 + 4 + 5"
+    assert judge_arithmetic(split_steps(response)) == [None, None]
+
+
 def test_a_step_counts_once():
     assert split_steps("So 1 + 1 = 2.\nso  1 + 1 = 2.\n\n...\nDone.") == ["So 1 + 1 = 2.", "Done."]
 
