@@ -5,15 +5,18 @@ from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
+from sppo_lightning.callbacks.format_verifier import FormatVerifier
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
+from sppo_lightning.callbacks.length_penalty import LengthPenalty
 from sppo_lightning.callbacks.math_verifier import MathVerifier
-from sppo_lightning.callbacks.overlong_penalty import OverlongPenalty
 from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
+from sppo_lightning.callbacks.reward_model_verifier import RewardModelVerifier
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.run_summary import RunSummary
 from sppo_lightning.callbacks.sample_log import SampleLog
+from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
@@ -22,14 +25,17 @@ __all__ = [
     "CriticCalibration",
     "DynamicSampling",
     "ExactMatch",
+    "FormatVerifier",
     "HFExport",
     "InitialValidation",
+    "LengthPenalty",
     "MathVerifier",
-    "OverlongPenalty",
     "ReferenceRefresh",
+    "RewardModelVerifier",
     "RichProgress",
     "RolloutGeneration",
     "RunSummary",
     "SampleLog",
+    "StepQuality",
     "Verifier",
 ]

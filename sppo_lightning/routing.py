@@ -16,8 +16,8 @@ def check_together(verifier: Verifier, verifiers: Sequence[Verifier]) -> None:
     """Check a verifier against all of the run's.
 
     Raises:
-        InputError: Where another has its name, and where it counts only for correct responses and comes before one
-            that says which are correct.
+        InputError: Where another has its name, and where it asks which responses are correct and comes before one
+            that says so.
     """
     for other in verifiers:
         if other is not verifier and other.name == verifier.name:
@@ -25,10 +25,10 @@ def check_together(verifier: Verifier, verifiers: Sequence[Verifier]) -> None:
                 f"`trainer.callbacks` has two verifiers named {verifier.name!r} ({type(other).__name__} and "
                 f"{type(verifier).__name__}); give one of them another `name`."
             )
-    for judge in verifiers[verifiers.index(verifier) :] if verifier.only_if_correct else ():
+    for judge in verifiers[verifiers.index(verifier) :] if "scores" in verifier.requires else ():
         if judge.role == "outcome" and not judge.only_if_correct:
             raise InputError(
-                f"`trainer.callbacks` lists {verifier.name!r}, which counts only if a response is correct, before "
+                f"`trainer.callbacks` lists {verifier.name!r}, which asks whether a response is correct, before "
                 f"{judge.name!r}, which judges that; move {judge.name!r} above it."
             )
 

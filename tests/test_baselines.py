@@ -68,7 +68,7 @@ def small(overlay: Path) -> dict[str, Any]:
     settings["policy_optimizer"]["warmup_updates"] = 0
     trainer = config["trainer"]
     trainer |= {"max_time": None, "max_epochs": 1, "limit_train_batches": 2, "logger": False}
-    kept = ("RolloutGeneration", "ReferenceRefresh", "OverlongPenalty", "DynamicSampling")
+    kept = ("RolloutGeneration", "ReferenceRefresh", "LengthPenalty", "DynamicSampling")
     stages = [entry for entry in trainer["callbacks"] if entry["class_path"].endswith(kept)]
     half_right = {"class_path": "tiny.AnyDigit"}  # so that a policy with random weights has something to learn
     trainer["callbacks"] = [stages[0], half_right, *stages[1:]]

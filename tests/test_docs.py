@@ -1,24 +1,34 @@
 """The Python of the documentation runs as it stands, and does what is said beside it."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from by_hand import ByHand, assert_equal, run
 from given import outcomes
+from tiny_config import write_files
 
 from sppo_lightning.batch import Prompt
+from sppo_lightning.callbacks import FormatVerifier, LengthPenalty, RewardModelVerifier, StepQuality
+from sppo_lightning.cli import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def block_of(page: str, language: str, marker: str) -> str:
+    """The page's one block of a language with `marker` in it."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if marker in block]
+    return block
+
+
 def names_in(page: str, marker: str) -> dict[str, Any]:
     """What the page's Python block with `marker` defines."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    (block,) = [block for block in blocks if marker in block]
     names: dict[str, Any] = {}
-    exec(block, names)
+    exec(block_of(page, "python", marker), names)
     return names
 
 
@@ -40,3 +50,47 @@ def test_a_verifier_of_ones_own(page: str, name: str):
     verifier = names_in(page, f"class {name}")[name]()
     scores = verifier.score([Prompt("", "", "any", 0)] * 2, ["aeiou", "xyz" * 100])
     assert scores == ([1.0, 0.0] if name == "CountsVowels" else [0.975, 0.0])
+
+
+def callbacks_built(marker: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Any]:
+    """The callbacks of the YAML block with `marker` on the page about verifiers, built by the command line."""
+    monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
+    monkeypatch.chdir(folder)
+    write_files({"trainer.callbacks": yaml.safe_load(block_of("docs/verifiers.md", "yaml", marker))["callbacks"]})
+    return command_line(["--config", "config.yaml"], run=False).trainer.callbacks
+
+
+def only(kind: type, callbacks: list[Any]) -> Any:
+    (found,) = [callback for callback in callbacks if isinstance(callback, kind)]
+    return found
+
+
+def test_the_pages_reward_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    learned = only(RewardModelVerifier, callbacks_built("RewardModelVerifier", monkeypatch, tmp_path))
+    assert (learned.role, learned.squash, learned.weight, learned.dtype) == ("shaping", False, 0.05, "bfloat16")
+
+
+def test_the_pages_form_length_and_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    callbacks = callbacks_built("FormatVerifier", monkeypatch, tmp_path)
+    form = only(FormatVerifier, callbacks)
+    responses = [
+        r"<think>so</think>\boxed{5}",
+        r"\boxed{5}",
+        r"<think>as an AI</think>\boxed{5}",
+        "<think>so</think>5",
+    ]
+    assert form.score([Prompt("", "", "any", 0)] * 4, responses) == [1.0, 0.0, 0.0, 0.0]
+    penalty = only(LengthPenalty, callbacks)
+    limit = penalty.max_response_tokens
+    assert [penalty.curve.value(n, limit, False) for n in (7168, 7680, 8192)] == [0.0, -0.5, -1.0]
+    steps = only(StepQuality, callbacks)
+    assert (steps.weight, steps.role, steps.only_if_correct) == (0.2, "shaping", True)
+
+
+def test_a_step_scorer_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "my_verifiers.py").write_text(block_of("docs/verifiers.md", "python", "class NoGuessing"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_verifiers", raising=False)
+    steps = only(StepQuality, callbacks_built("my_verifiers.NoGuessing", monkeypatch, tmp_path))
+    response = "I guess so.\n1 + 1 = 2\n1 + 2 = 4\nDone."
+    assert steps.score([Prompt("", "", "any", 0)], [response]) == [2.5 / 4]

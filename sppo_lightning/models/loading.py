@@ -27,6 +27,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from sppo_lightning.errors import InputError
 
+LOAD_ERRORS = (AttributeError, ImportError, OSError, StrictDataclassError, ValueError)  # of transformers' loaders
 _GENERIC = (
     "TokenizersBackend",
     "PreTrainedTokenizerFast",
@@ -39,6 +40,23 @@ def load_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> 
     A missing pad token is replaced by the end-of-sequence token, which is safe because masks are explicit
     everywhere; a missing end-of-sequence token raises `InputError`, because no response could ever stop.
     """
+    tokenizer = read_tokenizer(name, setting, trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"The tokenizer of `{setting}`={name!r} has no end-of-sequence token, so no response could stop; "
+            "set `eos_token` in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        rank_zero_warn(
+            f"The tokenizer of `{setting}`={name!r} has no pad token; its end-of-sequence token "
+            f"{tokenizer.eos_token!r} is used for padding, which the masks leave out."
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The same as it stands there, for reading alone; raises `InputError` where there is none."""
     check_exists(name, setting)
     try:
         # AutoTokenizer prefers the class registered for the model's type to the one that the folder names, and a
@@ -55,17 +73,6 @@ def load_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> 
             f"`{setting}`={name!r} holds no tokenizer, only a model whose family has one; give the folder or hub "
             "id of a tokenizer."
         )
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"The tokenizer of `{setting}`={name!r} has no end-of-sequence token, so no response could stop; "
-            "set `eos_token` in its tokenizer_config.json."
-        )
-    if tokenizer.pad_token_id is None:
-        rank_zero_warn(
-            f"The tokenizer of `{setting}`={name!r} has no pad token; its end-of-sequence token "
-            f"{tokenizer.eos_token!r} is used for padding, which the masks leave out."
-        )
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -108,7 +115,7 @@ def load_model(
             info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set()}
     except InputError:
         raise
-    except (AttributeError, ImportError, OSError, StrictDataclassError, ValueError) as error:
+    except LOAD_ERRORS as error:
         _check_attention(error, setting, attn_implementation)
         raise InputError(f"{refusal} as {auto_class.__name__} ({first_sentence(error)}); {way_out}.") from error
     return model.eval(), info

@@ -139,7 +139,7 @@ def test_rows_and_parts_keep_what_counts():
         ),
         (
             [Scored(name="a"), Scored(role="shaping", name="bonus", only_if_correct=True), Scored(name="right")],
-            "'bonus', which counts only if a response is correct, before 'right'",
+            "'bonus', which asks whether a response is correct, before 'right'",
         ),
     ],
 )
