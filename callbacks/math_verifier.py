@@ -45,7 +45,7 @@ class MathVerifier(Verifier):
             raise InputError(f"`MathVerifier.workers`={workers} leaves nobody to compare answers; use 1 or more.")
         if not 0 <= numeric_tolerance < 1:
             raise InputError(
-                f"`MathVerifier.numeric_tolerance`={numeric_tolerance} is no relative distance; use one from 0 to 1."
+                f"`MathVerifier.numeric_tolerance`={numeric_tolerance} is no relative distance; use 0 to 1."
             )
         self.timeout_seconds = timeout_seconds
         self.workers = workers

@@ -20,7 +20,7 @@ from torchmetrics.utilities import dim_zero_cat
 from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.calibration import critic_metrics
 from sppo_lightning.verification.extraction import extract_answer
-from sppo_lightning.verification.notation import normalize
+from sppo_lightning.verification.notation import Malformed, normalize
 from sppo_lightning.verification.numbers import exact_number
 
 _COLUMNS = ("dataset", "row", "sample", "problem", "greedy", "reward", "value", "answer")

@@ -200,6 +200,7 @@ def test_equal_answers_have_equal_keys(first: str, second: str, same: bool):
 def test_no_answer_has_no_key():
     assert math.isnan(answer_key("I do not know"))
     assert math.isnan(answer_key(r"\boxed{4"))
+    assert answer_key(r"\boxed{\frac}") == answer_key(r"\boxed{ \frac }")  # what breaks off is still an answer
     keys = [answer_key(rf"\boxed{{{i}}}") for i in range(1000)]
     assert len(set(keys)) == 1000
     assert all(key == int(key) < 2**48 for key in keys)
