@@ -5,6 +5,7 @@ from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
+from sppo_lightning.callbacks.hacking_monitor import HackingMonitor
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.math_verifier import MathVerifier
@@ -23,6 +24,7 @@ __all__ = [
     "DynamicSampling",
     "ExactMatch",
     "HFExport",
+    "HackingMonitor",
     "InitialValidation",
     "MathVerifier",
     "OverlongPenalty",
