@@ -22,6 +22,8 @@ from sppo_lightning.verification.drift import Limits, Series, alarms
 from sppo_lightning.verification.hacking import read
 
 EXAMPLES = "hacking_examples.jsonl"
+# that a held-out gap's mean is over: while training gets better, its mean lags behind one validation
+_VALIDATIONS = 2
 
 
 class HackingMonitor(Stage):
@@ -83,6 +85,7 @@ class HackingMonitor(Stage):
         self.worst: list[dict[str, Any]] = []
         self.fired: list[str] = []  # the figures that there was an alarm about
         self.failed: list[str] = []  # the checks that there was a warning about
+        self._validated_at: int | None = None  # `global_step`, since a resumed run may repeat a validation
         self._held_out: list[Record] = []  # of the validation at hand, on this rank
         self._folder = Path()
         self._must_stop = False
@@ -127,6 +130,7 @@ class HackingMonitor(Stage):
             "worst": list(self.worst),
             "fired": list(self.fired),
             "failed": list(self.failed),
+            "validated_at": self._validated_at,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,6 +138,7 @@ class HackingMonitor(Stage):
         for name, saved in state_dict["series"].items():
             self._series(name).load_state_dict(saved)
         self.worst, self.fired, self.failed = (list(state_dict[name]) for name in ("worst", "fired", "failed"))
+        self._validated_at = state_dict["validated_at"]
 
     # ------------------------------------------------------------------ what is watched
 
@@ -164,10 +169,10 @@ class HackingMonitor(Stage):
             record.examples = worst(found, self.examples)
         record = _over_ranks([record])
         record.sums["distinct_responses"] = record.distinct()
-        for name, (total, count) in record.sums.items():
-            self._series(name).add(total, count)
-        for name, (total, count) in record.scores.items():
-            self._series(f"{name}/train").add(total, count)
+        for name, each in record.sums.items():
+            self._series(name).add(*each)
+        for name, each in record.scores.items():
+            self._series(f"{name}/train").add(*each)
         if is_due and self.examples:
             recent = [example for example in self.worst if example["iteration"] > iteration - self.window]
             self.worst = worst([*record.examples, *recent], self.examples)
@@ -202,8 +207,10 @@ class HackingMonitor(Stage):
             name, train = verifier.name, self._series(f"{verifier.name}/train").recent
             if train is not None and name in held_out:
                 gaps[f"{name}/train_minus_held_out"] = gap = train - held_out[name]
-                weight = verifier.weight if verifier.role == "shaping" else 1.0
-                self._series(f"{name}/train_minus_held_out").add(weight * gap, 1)
+                if trainer.global_step != self._validated_at:
+                    weight = verifier.weight if verifier.role == "shaping" else 1.0
+                    self._series(f"{name}/train_minus_held_out").add(weight * gap, 1)
+        self._validated_at = trainer.global_step
         return gaps
 
     def _series(self, name: str) -> Series:
@@ -211,7 +218,7 @@ class HackingMonitor(Stage):
             window = self.window
             if "/" in name and not name.endswith("/train"):
                 window = max(1, window // self.check_every_n_iterations)
-            self.series[name] = Series(1 if name.endswith("/train_minus_held_out") else window)
+            self.series[name] = Series(_VALIDATIONS if name.endswith("/train_minus_held_out") else window)
         return self.series[name]
 
     # ------------------------------------------------------------------ what is done about it

@@ -11,7 +11,7 @@ from sppo_lightning.batch import Rollouts, Scores
 from sppo_lightning.evaluation import digest
 from sppo_lightning.verification.hacking import Reading
 
-Sum = tuple[float, float]
+Sum = tuple[float, float, float]
 _REASON = 0.25  # what a suspicious text weighs against a check that gives 1 less than the reward
 
 
@@ -19,7 +19,7 @@ _REASON = 0.25  # what a suspicious text weighs against a check that gives 1 les
 class Record:
     """Figures of one batch, or of several put together.
 
-    A sum is a total and a count of observations.
+    A sum is the total of some observations, how many they are, and the total of their squares.
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)  # of each figure, by the metric's name without `hacking/`
@@ -60,16 +60,17 @@ class Record:
     def distinct(self) -> Sum:
         """Different responses, and how many there are when a prompt's equal ones count once."""
         once = set(self.said)
-        return float(len({text for _, _, text in once})), float(len(once))
+        different = float(len({text for _, _, text in once}))
+        return different, float(len(once)), different
 
 
 def _sum(values: Iterable[float]) -> Sum:
     found = list(values)
-    return math.fsum(found), len(found)
+    return math.fsum(found), len(found), math.fsum(value * value for value in found)
 
 
 def _plus(one: Sum | None, other: Sum) -> Sum:
-    return other if one is None else (one[0] + other[0], one[1] + other[1])
+    return other if one is None else (one[0] + other[0], one[1] + other[1], one[2] + other[2])
 
 
 def merge(records: Iterable[Record]) -> Record:
@@ -88,7 +89,7 @@ def merge(records: Iterable[Record]) -> Record:
 
 def means(sums: Mapping[str, Sum]) -> dict[str, float]:
     """The mean of each figure with an observation."""
-    return {figure: total / count for figure, (total, count) in sums.items() if count}
+    return {figure: total / count for figure, (total, count, _) in sums.items() if count}
 
 
 def spread(rows: Sequence[int], count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -20,15 +21,15 @@ class Series:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.entries: list[tuple[float, float]] = []  # sum and count of each, the newest last
+        self.entries: list[tuple[float, float, float]] = []  # of each, as `add` has it, the newest last
         self.first: float | None = None  # mean over the first window
         self.lowest: float | None = None  # of the means over a window
 
-    def add(self, total: float, count: float) -> None:
-        """Add an entry: a sum over so many observations; one without any is left out."""
+    def add(self, total: float, count: float, squares: float = 0.0) -> None:
+        """Add an entry: a sum over so many observations, and that of their squares; one without any is left out."""
         if not count:
             return
-        self.entries = [*self.entries, (total, count)][-self.window :]
+        self.entries = [*self.entries, (total, count, squares)][-self.window :]
         if (recent := self.recent) is not None:
             self.first = recent if self.first is None else self.first
             self.lowest = recent if self.lowest is None else min(self.lowest, recent)
@@ -38,7 +39,14 @@ class Series:
         """Mean of the observations of the last `window` entries."""
         if len(self.entries) < self.window:
             return None
-        return sum(total for total, _ in self.entries) / sum(count for _, count in self.entries)
+        return sum(total for total, _, _ in self.entries) / sum(count for _, count, _ in self.entries)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `recent`, by the spread of the observations; 0 where their squares are not known."""
+        count = sum(count for _, count, _ in self.entries)
+        variance = sum(squares for _, _, squares in self.entries) / count - (self.recent or 0.0) ** 2
+        return math.sqrt(max(variance, 0.0) / count)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in plain types."""
@@ -46,13 +54,15 @@ class Series:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the state was saved."""
-        self.entries = [(total, count) for total, count in state_dict["entries"]][-self.window :]
+        self.entries = [(total, count, squares) for total, count, squares in state_dict["entries"]][-self.window :]
         self.first, self.lowest = state_dict["first"], state_dict["lowest"]
 
 
 @dataclass(frozen=True)
 class Limits:
     """How far each figure's recent mean may move before there is an alarm; null for never.
+
+    A rise must also be four standard errors of the recent mean, or few responses would alarm by chance.
 
     Args:
         gap_growth: Rise of a check's gap over the smallest that it was, in the unit of the reward.
@@ -94,6 +104,9 @@ class Alarm(NamedTuple):
     sentence: str
 
 
+_ERRORS = 4.0  # since what is compared with may be the smallest of many means
+
+
 class _Rule(NamedTuple):
     figure: str  # its name, or how it ends
     limit: str  # the setting; a share of what was at first, or a rise over it
@@ -128,7 +141,7 @@ def alarms(series: Mapping[str, Series], limits: Limits) -> Iterator[Alarm]:
             continue
         falls = rule.limit.endswith("_share")
         bound = limit * start if falls else start + limit
-        if recent < bound if falls else recent > bound:
+        if recent < bound if falls else recent > max(bound, start + _ERRORS * each.error):
             origin = "at its lowest" if rule.from_lowest else "in the first iterations"
             yield Alarm(
                 name,

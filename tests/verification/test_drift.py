@@ -66,6 +66,16 @@ def test_one_outlier_is_no_trend():
     assert len(list(alarms({"response_tokens": series_of([100.0, 100.0, 1.0, 1.0])}, Limits()))) == 1
 
 
+@pytest.mark.parametrize(("count", "alarm"), [(32, False), (64, True)])
+def test_a_rise_that_few_responses_may_have_by_chance_is_no_alarm(count: int, alarm: bool):
+    # the standard error of a share of a half is 0.5/√count, so four of them are 0.35 and 0.25 of the rise by 0.3
+    made = Series(1)
+    made.add(0.2 * count, count, 0.2 * count)
+    made.add(0.5 * count, count, 0.5 * count)
+    assert made.error == pytest.approx(0.5 / count**0.5)
+    assert bool(list(alarms({"x/gap": made}, Limits()))) is alarm
+
+
 def test_what_was_so_from_the_start_is_no_alarm():
     low = {name: series_of([0.01] * 9) for name in ("response_tokens", "distinct_responses")}
     high = {
