@@ -8,8 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_run import FirstWord, data, sft, sppo, stages, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import ByRow, FirstWord, data, sft, sppo, stages, weights
 from tiny_run import trainer_of as real_trainer_of
 from toy_pipeline import Scored, Toy, loader, trainer_of
 from watched import (
@@ -131,6 +133,53 @@ def test_watching_changes_no_weight_and_no_reward(tmp_path: Path):
     assert len(seen) == 4
     assert all(torch.equal(a, b) for pair in zip(seen, same, strict=True) for a, b in zip(*pair, strict=True))
     assert {len(row) for row in seen} == {3}
+
+
+class RightAtFirst(Verifier):
+    """Scores 1 the first two times that it is asked, and 0 from then on."""
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        self.times = getattr(self, "times", 0) + 1
+        return [float(self.times <= 2)] * len(responses)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_an_alarm_stopped_goes_on_to_the_same_bits(tmp_path: Path):
+    def run(stop: bool, **settings: Any) -> tuple[torch.Tensor, int]:
+        module = sppo(tmp_path)
+        monitor = monitor_of(tmp_path, RightAtFirst(), window=1, stop_on_alarm=stop)
+        trainer = real_trainer_of([*stages(ByRow(lambda row: float(row % 3 > 0))), monitor], max_epochs=2)
+        trainer.fit(module, data(()), weights_only=False, **settings)
+        return weights(module), trainer.global_step
+
+    whole, steps = run(False)
+    cut, stopped_at = run(True)
+    resumed, steps_after = run(True, ckpt_path=str(tmp_path / "alarm-step=6.ckpt"))
+    assert (steps, stopped_at, steps_after) == (16, 6, 16)  # of two updates an iteration
+    assert not torch.equal(cut, whole)
+    assert torch.equal(resumed, whole)
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_examples_are_in_the_runs_folder(tmp_path: Path, logs: bool):
+    logger = TensorBoardLogger(tmp_path / "logs") if logs else False
+    trainer = real_trainer_of(
+        [*stages(ByRow(lambda row: 1.0)), HackingMonitor(examples=3)], logger=logger, default_root_dir=tmp_path
+    )
+    trainer.fit(sppo(tmp_path), data(()))
+    folder = Path(logger.log_dir) if logger else tmp_path
+    found = examples_in(folder)
+    assert len(found) == 3
+    assert {each["iteration"] for each in found} == {1}  # the only one of four that was due
+    if logger:
+        accumulator = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+        (event,) = accumulator.Tensors("hacking/examples/text_summary")
+        table = event.tensor_proto.string_val[0].decode()
+        assert event.step == 0
+        assert table.splitlines()[0] == "| iteration | reward | reasons | prompt | response | gold |"
+        assert table.splitlines()[2] == (
+            f"| 1 | 1.00 | {found[0]['reasons'][0]} | {found[0]['prompt']} | {found[0]['response']} | a |"
+        )
 
 
 class Rewards(Metrics):
