@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,7 @@ class HackingMonitor(Stage):
             self.worst = worst([*record.examples, *recent], self.examples)
             if trainer.is_global_zero:
                 write_examples(self._file, self.worst, trainer)
-        metrics = means(record.sums) | {f"{name}/failures": float(n) for name, n in record.failures.items()}
-        metrics = {f"hacking/{name}": value for name, value in metrics.items()}
+        metrics = {f"hacking/{name}": value for name, value in record.metrics().items()}
         module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
         self._warn(record, iteration)
 
@@ -192,8 +192,7 @@ class HackingMonitor(Stage):
         if trainer.sanity_checking:
             return
         record, self._held_out = _over_ranks(self._held_out), []
-        metrics = means(record.sums) | {f"{name}/failures": float(n) for name, n in record.failures.items()}
-        metrics = {"/held_out_".join(name.rsplit("/", 1)): value for name, value in metrics.items()}
+        metrics = {"/held_out_".join(name.rsplit("/", 1)): value for name, value in record.metrics().items()}
         if trainer.state.fn == TrainerFn.FITTING:
             metrics |= self._train_minus_held_out(means(record.scores), trainer)
         metrics = {f"hacking/{name}": value for name, value in metrics.items()}
@@ -253,8 +252,8 @@ class HackingMonitor(Stage):
         if not self._must_stop:
             return
         self._must_stop = False
-        folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or self._folder)
-        file = folder / f"alarm-step={trainer.global_step}.ckpt"
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or self._folder
+        file = os.path.join(folder, f"alarm-step={trainer.global_step}.ckpt")  # the folder may be a URL
         trainer.save_checkpoint(file)  # on every rank, each of which has part of a sharded model
         trainer.should_stop = True
         rank_zero_warn(

@@ -57,6 +57,10 @@ class Record:
         self.add(f"{name}/gap", [reward - score for reward, score in pairs])
         self.add(f"{name}/disagreement", [float(reward >= 1 and score < 0.5) for reward, score in pairs])
 
+    def metrics(self) -> dict[str, float]:
+        """What is logged, by the metric's name without `hacking/`."""
+        return means(self.sums) | {f"{name}/failures": float(number) for name, number in self.failures.items()}
+
     def distinct(self) -> Sum:
         """Different responses, and how many there are when a prompt's equal ones count once."""
         once = set(self.said)

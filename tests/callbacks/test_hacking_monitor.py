@@ -21,7 +21,6 @@ from watched import (
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import DynamicSampling, HackingMonitor, Verifier
 from sppo_lightning.errors import InputError
-from sppo_lightning.suspicion import Record
 
 # ---------------------------------------------------------------------- figures
 
@@ -47,11 +46,6 @@ def test_the_figures_of_an_iteration(tmp_path: Path):
             "grader/failures": 0.0,
         }
     )
-
-
-def test_distinct_responses_are_those_to_different_prompts():
-    record = Record(said=[("sums", 0, 1), ("sums", 0, 1), ("sums", 1, 1), ("sums", 1, 2), ("more", 1, 3)])
-    assert record.distinct() == (3.0, 4.0, 3.0)
 
 
 def test_checks_run_when_due_and_on_so_many_responses(tmp_path: Path):
