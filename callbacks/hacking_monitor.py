@@ -23,8 +23,7 @@ from sppo_lightning.verification.drift import Limits, Series, alarms
 from sppo_lightning.verification.hacking import read
 
 EXAMPLES = "hacking_examples.jsonl"
-# that a held-out gap's mean is over: while training gets better, its mean lags behind one validation
-_VALIDATIONS = 2
+_VALIDATIONS = 2  # for a held-out gap's mean: the score in training is of earlier weights, so single gaps sway
 
 
 class HackingMonitor(Stage):

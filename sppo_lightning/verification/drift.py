@@ -121,7 +121,7 @@ _RULES = (
     _Rule("without_reasoning", "without_reasoning_growth", False, "correct responses give no reasons, so see how"),
     _Rule("candidate_spam", "spam_growth", False, "responses offer several answers, so see whether one is picked"),
     _Rule("/gap", "gap_growth", True, "the reward rises where this check does not, so see what they disagree on"),
-    _Rule("/train_minus_held_out", "held_out_growth", True, "training pays for what fails on held-out prompts"),
+    _Rule("/train_minus_held_out", "held_out_growth", True, "it rises in training alone, so see if answers leak"),
 )
 
 
