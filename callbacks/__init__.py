@@ -6,6 +6,7 @@ from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
 from sppo_lightning.callbacks.exact_match import ExactMatch
 from sppo_lightning.callbacks.format_verifier import FormatVerifier
+from sppo_lightning.callbacks.hacking_monitor import HackingMonitor
 from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.length_penalty import LengthPenalty
@@ -27,6 +28,7 @@ __all__ = [
     "ExactMatch",
     "FormatVerifier",
     "HFExport",
+    "HackingMonitor",
     "InitialValidation",
     "LengthPenalty",
     "MathVerifier",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def sample_table(rollouts: Rollouts, values: Tensor | None, samples: int, max_ch
     read as markdown or HTML.
     """
     headings = ["prompt", "response", "gold", "reward", *([] if values is None else ["V"]), "finish reason"]
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    lines = []
     count = min(samples, len(rollouts))
     for row in [i * len(rollouts) // count for i in range(count)]:
         prompt, reward = rollouts.prompts[row], float(rollouts.rewards[row])
@@ -105,12 +105,14 @@ def sample_table(rollouts: Rollouts, values: Tensor | None, samples: int, max_ch
         cells = [escape(text) for text in texts]
         cells.append("no verdict" if reward != reward else f"{reward:.2f}")
         cells += [] if values is None else [f"{float(values[row]):.2f}"]
-        lines.append(_line([*cells, rollouts.finish_reasons[row]]))
-    return "\n".join(lines)
+        lines.append([*cells, rollouts.finish_reasons[row]])
+    return markdown_table(headings, lines)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are markdown already: see `escape`."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(headings), *lines[1:]])
 
 
 def shorten(text: str, max_characters: int) -> str:

@@ -117,9 +117,12 @@ class Verifier(Stage):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the stages, that no two verifiers share a name, and that every prompt has one."""
-        super().setup(trainer, pl_module, stage)
         self._is_set_up = True
-        verifiers = [other for other in trainer.callbacks if isinstance(other, Verifier)]  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self not in callbacks:
+            return  # another callback runs it, in its own place and not for the reward
+        super().setup(trainer, pl_module, stage)
+        verifiers = [other for other in callbacks if isinstance(other, Verifier)]
         check_together(self, verifiers)
         check_routes(verifiers, getattr(trainer, "datamodule", None), stage)
 

@@ -27,14 +27,14 @@ _COLUMNS = ("dataset", "row", "sample", "problem", "greedy", "reward", "value", 
 _ORDER = _COLUMNS[:3]  # says which response is earlier, whatever rank it was sampled on
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
     """48 bits of `text`, which a float64 holds exactly."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest(), "little")
 
 
 def problem_id(prompt: Prompt) -> int:
     """The same number for the same question and gold, exact as a float64; rows may repeat a problem."""
-    return _digest(f"{prompt.question}\x00{prompt.gold}")
+    return digest(f"{prompt.question}\x00{prompt.gold}")
 
 
 def answer_key(response: str) -> float:
@@ -51,7 +51,7 @@ def answer_key(response: str) -> float:
     except Malformed:
         text = answer
     number = exact_number(text)
-    return float(_digest(text if number is None else str(number)))
+    return float(digest(text if number is None else str(number)))
 
 
 class Evaluation(Metric):

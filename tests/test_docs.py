@@ -12,8 +12,16 @@ from given import outcomes
 from tiny_config import write_files
 
 from sppo_lightning.batch import Prompt
-from sppo_lightning.callbacks import FormatVerifier, LengthPenalty, RewardModelVerifier, StepQuality
+from sppo_lightning.callbacks import (
+    ExactMatch,
+    FormatVerifier,
+    HackingMonitor,
+    LengthPenalty,
+    RewardModelVerifier,
+    StepQuality,
+)
 from sppo_lightning.cli import command_line
+from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,11 +60,13 @@ def test_a_verifier_of_ones_own(page: str, name: str):
     assert scores == ([1.0, 0.0] if name == "CountsVowels" else [0.975, 0.0])
 
 
-def callbacks_built(marker: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Any]:
-    """The callbacks of the YAML block with `marker` on the page about verifiers, built by the command line."""
+def callbacks_built(
+    marker: str, monkeypatch: pytest.MonkeyPatch, folder: Path, page: str = "docs/verifiers.md"
+) -> list[Any]:
+    """The callbacks of the page's YAML block with `marker`, built by the command line."""
     monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
     monkeypatch.chdir(folder)
-    write_files({"trainer.callbacks": yaml.safe_load(block_of("docs/verifiers.md", "yaml", marker))["callbacks"]})
+    write_files({"trainer.callbacks": yaml.safe_load(block_of(page, "yaml", marker))["callbacks"]})
     return command_line(["--config", "config.yaml"], run=False).trainer.callbacks
 
 
@@ -94,3 +104,21 @@ def test_a_step_scorer_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     steps = only(StepQuality, callbacks_built("my_verifiers.NoGuessing", monkeypatch, tmp_path))
     response = "I guess so.\n1 + 1 = 2\n1 + 2 = 4\nDone."
     assert steps.score([Prompt("", "", "any", 0)], [response]) == [2.5 / 4]
+
+
+def test_the_pages_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monitor = only(
+        HackingMonitor, callbacks_built("HackingMonitor", monkeypatch, tmp_path, page="docs/reward-hacking.md")
+    )
+    (check,) = monitor.checks
+    assert isinstance(check, ExactMatch)
+    assert check.name == "strict"
+    assert monitor.limits == Limits(spam_growth=None)
+    assert monitor.stop_on_alarm
+
+
+def test_the_monitors_defaults_are_those_of_the_table():
+    rows = re.findall(
+        r"\| `(\w+)`[^|]*\| ([0-9.]+) \|$", (ROOT / "docs/reward-hacking.md").read_text(), flags=re.MULTILINE
+    )
+    assert {name: float(value) for name, value in rows} == vars(Limits())
