@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sppo_lightning.verification.code import last_code_block
-from sppo_lightning.verification.extraction import MAX_ANSWER_CHARS, extract_answer
+from sppo_lightning.verification.extraction import MAX_ANSWER_CHARS, boxes, extract_answer
 
 _MARKS = re.compile(
     r"</?think>|\\(?:boxed|fbox)\b|####|\b(?:the )?final answer(?: is)?\b|\banswer\b|```(?:python3?|py)?|[{}$*:.]",
     re.IGNORECASE,
 )
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\.|[{}]", re.DOTALL)
 _ANSWER_LINE = re.compile(r"\banswer[*_ ]{0,4}:([^\n]{0,512})", re.IGNORECASE)
 _WRAPPING = re.compile(r"\\(?:boxed|fbox)\b|[{}$*]")
 _OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])", re.IGNORECASE)
@@ -80,7 +78,7 @@ def offers_several(response: str, gold: str) -> bool:
     answer that itself holds an "or" allows for that one.
     """
     text = response.rpartition("</think>")[2]
-    if len(set(map(_squeezed, _boxes(text)))) > 1:
+    if len({_squeezed(box.content) for box in boxes(text)}) > 1:
         return True
     lines = {_squeezed(match[1]) for match in _ANSWER_LINE.finditer(text)}
     if len(lines - {""}) > 1:
@@ -96,22 +94,3 @@ def offers_several(response: str, gold: str) -> bool:
 
 def _squeezed(answer: str) -> str:
     return "".join(_WRAPPING.sub("", answer).split()).rstrip(".").casefold()
-
-
-def _boxes(text: str) -> Iterator[str]:
-    """The contents of the boxes that hold no other box; those that are too long for an answer are left out."""
-    if r"\boxed" not in text and r"\fbox" not in text:
-        return
-    opened: list[int] = []  # where a box's content starts, -1 for any other brace and for a box that holds a box
-    for token in _BRACES.finditer(text):
-        symbol = token.group()
-        if symbol == "}":
-            start = opened.pop() if opened else -1
-            if start >= 0 and token.start() - start <= MAX_ANSWER_CHARS:
-                yield text[start : token.start()]
-        elif symbol == "{":
-            opened.append(-1)
-        elif len(symbol) > 2:
-            if opened:
-                opened[-1] = -1
-            opened.append(token.end())
