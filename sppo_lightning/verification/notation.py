@@ -27,8 +27,9 @@ _NAMED = {
     "≠": "ne neq",
     "<": "lt",
     ">": "gt",
-    "∪": "cup",
-    "∩": "cap",
+    "∪": "cup bigcup",
+    "∩": "cap bigcap",
+    "∖": "setminus",
     "∈": "in",
     "∅": "emptyset varnothing",
     "±": "pm mp",
@@ -55,9 +56,17 @@ _COMMAND = re.compile(r"\\[A-Za-z]+ ?|\\[^A-Za-z]|[~*÷]")
 _DELIMITERS = re.compile(r"\$\$(.*)\$\$|\$([^$]*[^\\$])\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
 _TAKES = re.compile(r"\\(?:frac|binom|sqrt)(?![A-Za-z])")
-_OVER = re.compile(r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}|^([^{}]+)\\over(?![A-Za-z])([^{}]+)$")
+_INFIX = re.compile(
+    r"\{(?P<over>[^{}]+)\\(?P<name>over|choose)(?![A-Za-z])(?P<under>[^{}]+)\}"
+    r"|^(?P<whole_over>[^{}]+)\\(?P<whole_name>over|choose)(?![A-Za-z])(?P<whole_under>[^{}]+)$"
+)
+_ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:aligned|align|gathered|split|equation)\*?\}")
+_ROOT_SIGN = re.compile(r"√\s*([0-9]+|[A-Za-z])")
+_NATURAL_LOG = re.compile(r"\\log_(?:e(?![A-Za-z])|\{\s?e\s?\})")
+_LONE_GROUP = re.compile(r"(?<=[,;(=+×-])\{([^{}]*)\}")
 _SINGLE = re.compile(r"([_^])\{\s*([0-9A-Za-z])\s*\}")
 _SYMBOL = re.compile(r"\{\s*([×±<>≤≥=:,∪∈])\s*\}")
+_INEQUALITY = re.compile("[<>≤≥]")
 _THIN_COMMA = re.compile(r",\\!\s*")
 _FUNCTION_TIMES = re.compile(  # the parser would read `\sin x × y` as `\sin(x × y)`
     r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?:\^(?:\{[^{}]*\}|[0-9]))?) ?(\\[a-z]+|[A-Za-z]|[0-9]+)(?= ?×)"
@@ -65,7 +74,7 @@ _FUNCTION_TIMES = re.compile(  # the parser would read `\sin x × y` as `\sin(x 
 _DEGREE = re.compile(r"\^\s?(?:\\circ(?![A-Za-z])|\{\s?\\circ\s?\}|°)")
 _TEXT = re.compile(r"\\text\s?\{([^{}]*)\}")
 _LONE_LETTER = re.compile(r"(?<![0-9)}. ])\\text\{([A-Za-z])\}")
-_JOIN = re.compile(r"\\text\{\s*(?:or|and)\s*\}|\b(?:or|and)\b")
+_JOIN = re.compile(r"\\text\{\s*(or|and)\s*\}|\b(or|and)\b|\\(?:wedge|land)(?![A-Za-z])|\\(?:vee|lor)(?![A-Za-z])")
 _COMMA = re.compile(r",\s+")
 _SPACES = re.compile(r"\s+")
 _INNER_SPACE = re.compile(r"(?<=[0-9A-Za-z.]) (?=[0-9A-Za-z])")
@@ -85,17 +94,20 @@ def normalize(answer: str) -> str:
     Raises:
         Malformed: For a command without its arguments.
     """
-    text = _unwrap(answer)
+    text = _unwrap(answer).rstrip("\\")
     if not text.isascii():
+        text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text)
         text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
     text = _SYMBOL.sub(r"\1", _THIN_COMMA.sub(",", text)).replace("<=", "≤").replace(">=", "≥")
+    if _ALIGNED.search(text) and r"\\" not in text:
+        text = _ALIGNED.sub("", text).replace("&", "")
     if "\\" in text or "~" in text or "*" in text or "÷" in text:
         text = _COMMAND.sub(_respell, text)
-        text = _with_arguments(_OVER.sub(_as_fraction, text))
+        text = _with_arguments(_INFIX.sub(_as_prefix, _NATURAL_LOG.sub(r"\\ln ", text)))
         text = _DEGREE.sub("°", _SYMBOL.sub(r"\1", text))
         text = _FUNCTION_TIMES.sub(r"\1(\2)", text)
         text = _LONE_LETTER.sub(r"\1", text)
-    text = _SINGLE.sub(r"\1\2", _COMMA.sub(";", _JOIN.sub(";", text.strip())))
+    text = _LONE_GROUP.sub(r"\1", _SINGLE.sub(r"\1\2", _COMMA.sub(";", _JOIN.sub(_joint, text.strip()))))
     if (whole := _TEXT.fullmatch(text)) is not None:
         text = whole[1].strip()
     text = _unwrap(text)
@@ -127,9 +139,15 @@ def _respell(match: re.Match[str]) -> str:
     return _SPELLING.get("\\ " if command == "\\" else command, match.group())
 
 
-def _as_fraction(match: re.Match[str]) -> str:
-    over, under = (part for part in match.groups() if part is not None)
-    return rf"\frac{{{over.strip()}}}{{{under.strip()}}}"
+def _as_prefix(match: re.Match[str]) -> str:
+    over, name, under = (part.strip() for part in match.groups() if part is not None)
+    return rf"\{'frac' if name == 'over' else 'binom'}{{{over}}}{{{under}}}"
+
+
+def _joint(match: re.Match[str]) -> str:
+    """A list's separator; `∧` between inequalities that hold together."""
+    together = "and" in match.group() or "wedge" in match.group() or "land" in match.group()
+    return "∧" if together and _INEQUALITY.search(match.string) else ";"
 
 
 def _with_arguments(text: str) -> str:
@@ -184,7 +202,17 @@ def _closing(text: str, at: int) -> int:
 
 _LATEX = str.maketrans(
     {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "}
-    | {"±": r"\pm ", "×": r"\cdot ", "⟨": r"\langle ", "⟩": r"\rangle ", "⦃": r"\{", "⦄": r"\}", ";": ","}
+    | {
+        "∖": r"\setminus ",
+        "∧": r"\land ",
+        "±": r"\pm ",
+        "×": r"\cdot ",
+        "⟨": r"\langle ",
+        "⟩": r"\rangle ",
+        "⦃": r"\{",
+        "⦄": r"\}",
+        ";": ",",
+    }
 )
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
 _DEGREES = re.compile(r"([0-9]+|\\frac\{[0-9]+\}\{[0-9]+\})°")

@@ -11,11 +11,11 @@ from sppo_lightning.verification.notation import Malformed, normalize
 _COSTLY = re.compile(
     r"[0-9]{100}"  # huge numbers
     r"|\^\{?[+-]?[0-9]{6}|××"  # huge exponents; Python's power is no LaTeX
-    r"|\^[\s{(+-]*[0-9]+[\s})]*\^"  # towers of numbers
     r"|[0-9]{4}\s*!|!\s*!"  # huge and repeated factorials
     r"|(?<!_)[0-9] [0-9]"  # two numbers side by side are neither one nor a product
     r"|__|[\"`@#&?]|==|!="  # code
 )
+_TOWER = re.compile(r"\^[\s{(+-]*([0-9]+)[\s})]*\^[\s{(+-]*([0-9]*)")
 _MAX_DEPTH = 16
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _COMMAND_NAMES = """
@@ -30,6 +30,9 @@ _COMMANDS = frozenset(_COMMAND_NAMES.split())
 def is_refused(answer: str, gold: str) -> bool:
     """Whether canonical text is costly, approximate or no mathematics, and not what the gold answer is made of."""
     if len(answer) > MAX_ANSWER_CHARS or depth(answer) > _MAX_DEPTH or _COSTLY.search(answer):
+        return True
+    towers = _TOWER.findall(answer)
+    if len(towers) > 1 or any(len(a + b) > 3 or not b or int(a) ** int(b) > 9999 for a, b in towers):
         return True
     if re.search(r"\)\s*!", answer) and "!" not in gold:
         return True

@@ -86,6 +86,8 @@ def group_of(text: str) -> Group | None:
         return _matrix(matrix["body"], matrix["factor"])
     if (relation := relation_of(text)) is not None:
         return relation[1]
+    if len(parts := split(text, "∖")) == 2:
+        return _without(group_of(parts[0]), group_of(parts[1]))
     if len(parts := split(text, ":")) > 1 and all(exact_number(part) is not None for part in parts):
         return Group(":", tuple(parts))
     if text[:1] in _BRACKETS and text[-1:] in _BRACKETS[text[0]] and len(split(text, "")) == 1:
@@ -118,14 +120,21 @@ def _depth_falls_below_zero(text: str) -> bool:
 def _matrix(body: str, factor: str) -> Group:
     """A matrix row by row, times what stands before it; one column is a vector, which is as good as a tuple."""
     rows = [[cell.strip() for cell in row.split("&")] for row in _ROW_END.split(body) if row.strip()]
+    factor = "-1" if factor == "-" else factor
     cells = tuple(f"{factor}×({cell})" if factor else cell for row in rows for cell in row)
     if len(rows) > 1 and all(len(row) == 1 for row in rows):
         return Group("()", cells)
     return Group("matrix " + " ".join(str(len(row)) for row in rows), cells)
 
 
-def relation_of(text: str) -> tuple[str, Group] | None:
+Relation = tuple[str, Group]  # a variable, and the interval that it is in
+_INTERVALS = ("()", "(]", "[)", "[]")
+
+
+def relation_of(text: str) -> Relation | None:
     """The variable of an inequality, and the interval that it says it is in."""
+    if len(both := split(text, "∧")) == 2:
+        return _together(*map(relation_of, both))
     parts = [part.strip() for part in _RELATION.split(text)]
     if len(parts) == 3 and _VARIABLE.fullmatch(parts[2]) and not _VARIABLE.fullmatch(parts[0]):
         parts = _turned(parts)
@@ -143,6 +152,32 @@ def relation_of(text: str) -> tuple[str, Group] | None:
     else:
         return None
     return variable, Group(ends[0] + ends[3], (ends[1], ends[2]))
+
+
+def _together(first: Relation | None, second: Relation | None) -> Relation | None:
+    """`x > 1` and `x < 5` as one interval."""
+    if not first or not second or first[0] != second[0]:
+        return None
+    low, high = (first[1], second[1]) if first[1].items[1] == r"\infty" else (second[1], first[1])
+    if low.items[1] != r"\infty" or high.items[0] != r"-\infty":
+        return None
+    return first[0], Group(low.kind[0] + high.kind[1], (low.items[0], high.items[1]))
+
+
+def _without(whole: Group | None, hole: Group | None) -> Group | None:
+    """An interval without one point or one interval inside it, as the union of what is left."""
+    if not whole or not hole or len(whole.items) != 2 or whole.kind not in _INTERVALS:
+        return None
+    if hole.kind == "set" and len(hole.items) == 1:
+        ends, closing = (hole.items[0], hole.items[0]), ")("
+    elif hole.kind in _INTERVALS and len(hole.items) == 2:
+        ends = (hole.items[0], hole.items[1])
+        closing = (")" if hole.kind[0] == "[" else "]") + ("(" if hole.kind[1] == "]" else "[")
+    else:
+        return None
+    left = f"{whole.kind[0]}{whole.items[0]};{ends[0]}{closing[0]}"
+    right = f"{closing[1]}{ends[1]};{whole.items[1]}{whole.kind[1]}"
+    return Group("union", (left, right))
 
 
 def _turned(parts: Sequence[str]) -> list[str]:
@@ -171,6 +206,8 @@ _NO_NAME = re.compile(r"[0-9^<>≤≥≠≈!]|\\(?:sqrt|frac|binom|begin|sum|int
 
 def is_name(side: str) -> bool:
     r"""Whether a side of an equation names what the other side says: `x`, `f(2)`, `m+n`, `\angle A`, `|S|`."""
+    if re.fullmatch(r"\|[a-z]\|", side):
+        return False  # |x| = 5 says two things of x
     base = _SUBSCRIPT.sub("", _TEXT.sub("W", side))
     base = _ARGUMENT.sub("", base)
     return not _NO_NAME.search(base) and re.search("[A-Za-z]", base) is not None and base not in ("e", "i")

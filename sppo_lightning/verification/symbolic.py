@@ -1,6 +1,6 @@
 """Whether two expressions are equal, by math-verify's parser and sympy's arithmetic. Runs in workers only.
 
-Two expressions are equal where their values agree to 215 digits at several points that nobody would choose, which
+Two expressions are equal where their values agree to 200 places at several points that nobody would choose, which
 is stricter than comparing decimals and cheaper than simplifying. What has no values, such as relations, goes to
 math-verify.
 """
@@ -12,10 +12,11 @@ from typing import Any
 
 from sppo_lightning.verification.notation import to_latex
 
-_DIGITS = 240  # computed; more than an answer's longest numbers can imitate
-_RELATIVE = 1e-215  # up to which two values are one
-# odd points of both signs, none of which anybody would write into an answer
-_POINTS = ((731, 877), (-1193, 541), (2671, 1013), (-389, 953))
+_DIGITS = 1000  # that a difference may take to be told from 0
+_NEARLY = 1e-20  # relative difference of the factors of one equation
+_ZERO = 1e-200  # nearer than any two unequal numbers of an answer's length
+# odd points of both signs, near and far, none of which anybody would write into an answer
+_POINTS = ((731, 877), (-1193, 541), (91823, 617), (-389, 953), (-77711, 503))
 
 
 class UnreadableGold(ValueError):
@@ -78,33 +79,40 @@ def _equal_values(left: Any, right: Any, tolerance: float) -> bool | None:
     difference = left - right
     if difference.is_Rational and (difference == 0 or not tolerance):
         return bool(difference == 0)  # exact, however small it is
-    values = _values_of(left, right)
-    if values is None:
+    symbols = left.free_symbols | right.free_symbols
+    differences = _values(difference, symbols)
+    if differences is None:
         return None
-    return all(_near(a, b, tolerance if len(values) == 1 else 0.0) for a, b in values)
+    if all(abs(value) <= _ZERO for value in differences):
+        return True
+    return bool(not symbols and tolerance and abs(differences[0]) <= tolerance * abs(right.evalf()))
 
 
 def _equal_equations(left: Any, right: Any) -> bool:
-    """Whether an equation of several unknowns is another one with its terms moved."""
+    """Whether an equation of several unknowns is another one with its terms moved, or both sides multiplied."""
     left, right = (_closed(each.lhs - each.rhs) for each in (left, right))
-    values = _values_of(left, right)
-    if values is None or len(left.free_symbols) < 2:
+    symbols = left.free_symbols | right.free_symbols
+    values = [_values(each, symbols) for each in (left, right)]
+    if values[0] is None or values[1] is None or len(left.free_symbols) < 2 or 0 in values[1]:
         return False
-    return any(all(_near(a, sign * b, 0.0) for a, b in values) for sign in (1, -1))
+    factors = [a / b for a, b in zip(values[0], values[1], strict=True)]
+    return factors[0] != 0 and all(abs(factor / factors[0] - 1) <= _NEARLY for factor in factors)
 
 
-def _values_of(left: Any, right: Any) -> list[list[Any]] | None:
-    """Both values at every point, at one point where there are no unknowns; `None` where there is no value."""
+def _values(expression: Any, symbols: set[Any]) -> list[Any] | None:
+    """Values at every point, at one point where there are no unknowns; `None` where there is none."""
     import sympy
 
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     found = []
     for over, under in _POINTS if symbols else _POINTS[:1]:
-        point = {symbol: sympy.Rational(over * (2 * i + 1), under + 2 * i) for i, symbol in enumerate(symbols)}
-        values = [each.evalf(_DIGITS, subs=point) for each in (left, right)]
-        if not all(part.is_Number and part.is_finite for value in values for part in value.as_real_imag()):
+        point = {
+            symbol: sympy.Rational(over * (2 * i + 1), under + 2 * i)
+            for i, symbol in enumerate(sorted(symbols, key=str))
+        }
+        value = expression.evalf(30, subs=point, maxn=_DIGITS)
+        if not all(part.is_Number and part.is_finite for part in value.as_real_imag()):
             return None
-        found.append(values)
+        found.append(value)
     return found
 
 
@@ -119,11 +127,6 @@ def _closed(expression: Any) -> Any:
     expression = expression.xreplace(names)
     units = {each: sympy.I for each in expression.free_symbols if str(each) == "i"}
     return expression.subs(units) if units else expression
-
-
-def _near(left: Any, right: Any, tolerance: float) -> bool:
-    distance = abs(left - right)
-    return bool(distance <= _RELATIVE * max(abs(left), abs(right), 1) or distance <= tolerance * abs(right))
 
 
 def _equal_objects(left: Any, right: Any) -> bool:
