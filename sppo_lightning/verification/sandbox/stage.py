@@ -18,9 +18,13 @@ from pathlib import Path
 
 from sppo_lightning.errors import InputError
 
-_MODULES = ("runner", "seccomp", "values")  # of this package, what runs inside; named sppo_sandbox_… there
-_IMPORTED = "from sppo_lightning.verification.sandbox import seccomp, values"
-_IMPORTED_INSIDE = "import sppo_sandbox_seccomp as seccomp, sppo_sandbox_values as values"
+_MODULES = ("runner", "case", "seccomp", "values")  # of this package, what runs inside; named sppo_sandbox_… there
+_IMPORTS = {
+    "from sppo_lightning.verification.sandbox import seccomp, values": (
+        "import sppo_sandbox_seccomp as seccomp, sppo_sandbox_values as values"
+    ),
+    "from sppo_lightning.verification.sandbox import case as child": "import sppo_sandbox_case as child",
+}  # and what they are inside
 _LEFT_OUT = (
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip"),
     *("lib2to3", "pydoc_data", "config-*", "*.a", "*.opt-?.pyc"),
@@ -75,7 +79,9 @@ def _fill(root: Path, sources: Iterable[Path]) -> None:
     for found in sorted(_libraries([program, *extensions.glob("*.so")])):
         _copy(found, root)
     for path in sources:
-        text = path.read_text().replace(_IMPORTED, _IMPORTED_INSIDE)
+        text = path.read_text()
+        for outside, inside in _IMPORTS.items():
+            text = text.replace(outside, inside)
         (_inside(root, library) / f"sppo_sandbox_{path.stem}.py").write_text(text)
     compileall.compile_dir(_inside(root, library), maxlevels=0, quiet=2, legacy=False)
     for path in root.rglob("*"):  # whatever the umask was
