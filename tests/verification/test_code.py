@@ -81,7 +81,8 @@ def test_what_passes(submission: str, tests: dict[str, Any], passed: int):
         ("\ud800", ADD, "error"),
         ("x = 1\0", ADD, "error"),
         ("def sq(x):\n    return x", asserts("assert sq(3) == 9\nassert sq(2) == 4"), "failed"),
-        ("def sq(x):\n    return x", asserts("for i in range(3):\n    assert sq(i) == i * i"), "error"),
+        ("def sq(x):\n    return x", asserts("for i in range(3):\n    assert sq(i) == i * i"), "failed"),
+        ("def sq(x):\n    return x", asserts("while True:\n    assert sq(2) == 4\n    break"), "error"),
     ],
 )
 def test_what_does_not(submission: str, tests: dict[str, Any], status: str):
@@ -106,13 +107,10 @@ def test_no_expected_value_goes_into_the_sandbox():
         asserts(f"x = 1\nassert f(x) == {secret!r}\nassert {secret!r} != f(2)"),
     ):
         job, judges = plan(tests)
-        inside = json.dumps(job)
-        if tests["kind"] == "asserts":
-            assert inside.count(secret) == 1  # on the left it is part of the question
-        else:
-            assert secret not in inside
-        assert judges[0](secret) is True
-        assert judges[0]("else") is False
+        assert secret not in json.dumps(job)
+        asked = tests["kind"] == "asserts"
+        assert judges[0]([[(True, secret)]] if asked else secret) is True
+        assert judges[0]([[(True, "else")]] if asked else "else") is False
 
 
 @pytest.mark.parametrize(

@@ -6,25 +6,44 @@ answers each of its cases with a line of JSON.
 
 from __future__ import annotations
 
+import bisect  # noqa: F401 (what submissions import is warm when they start)
 import builtins
-import contextlib
+import collections  # noqa: F401
+import functools  # noqa: F401
+import heapq  # noqa: F401
+import itertools  # noqa: F401
 import json
 import math
 import os
+import re
 import resource
 import sys
 import types
-import typing
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, TextIO
 
 from sppo_lightning.verification.sandbox import seccomp, values
+
+TYPE_CHECKING = False  # `typing` would take milliseconds of every start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TextIO
 
 OWN_FRAMES = 30  # below the submission's first
 FILE_BYTES = 16_000_000
 THREADS = 64
 STACK_BYTES = 64_000_000  # recursion is what many submissions are made of
+
+
+def warm_up() -> None:
+    """Before there is a job: what every case would do once more for itself."""
+    seccomp.prepared()
+    compile("def f(x):\n    return x", "<warm>", "exec")
+
+
+def prepare(job: dict[str, Any]) -> None:
+    """Import `typing` where a name of it may be used: it takes longest of all."""
+    text = job["submission"] + (str(job["cases"]) if job["kind"] == "asserts" else "")
+    if job["kind"] != "stdio" and set(re.findall(r"\b[A-Z]\w+", text)) - {"True", "False", "None"}:
+        import typing  # noqa: F401
 
 
 def be_the_case(job: dict[str, Any], numbers: range, value_pipe: int, pipes: list[tuple[int, int]]) -> None:
@@ -73,8 +92,10 @@ def _finish(names: dict[str, Any], stdout: TextIO) -> None:
         names.clear,  # closes files that were left open
         stdout.flush,
     ):
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105
             step()
+        except Exception:
+            pass
 
 
 def _give_up(job: dict[str, Any], value_pipe: int, pipes: list[tuple[int, int]]) -> None:
@@ -135,7 +156,8 @@ class _Submission:
     def _load(self) -> None:
         stdio = self.job["kind"] == "stdio"
         # tasks' templates use the names of `typing` without importing them
-        given = {} if stdio else {name: getattr(typing, name) for name in typing.__all__}
+        typing = None if stdio else sys.modules.get("typing")
+        given = {name: getattr(typing, name) for name in typing.__all__} if typing else {}
         self.names = _module("__main__" if stdio else "submission", self.job["submission"], given)
         self.loaded = True
 
@@ -172,7 +194,7 @@ class _Submission:
         return answers
 
 
-def _module(name: str, source: str, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def _module(name: str, source: str, given: dict[str, Any]) -> dict[str, Any]:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment] # which `site` adds elsewhere
     module = types.ModuleType(name)
     sys.modules[name] = module

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from typing import Any
+
+TYPE_CHECKING = False  # `typing` would take milliseconds of every start
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_DEPTH, MAX_VALUES = 100, 200_000
 MAX_FRACTION = 10_000  # hexadecimal digits, since the greatest common divisor of more takes long
