@@ -8,77 +8,28 @@ from __future__ import annotations
 
 import ast
 import copy
-import math
-import operator
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal
 
+from sppo_lightning.verification.operations import (
+    BINARY,
+    BUILDERS,
+    CHECKS,
+    COMPARISONS,
+    CONSTANTS,
+    TEXT_METHODS,
+    TYPES,
+    UNARY,
+    arithmetic,
+)
+
 MAX_ROUNDS = 2_000  # of a loop or comprehension that is unrolled
-_MAX_SIZE = 100_000  # bits or entries of what arithmetic outside takes and gives
 
 Answer = tuple[bool, Any]  # whether it could be computed inside, and its value or what was raised
 Answers = Sequence[Answer]
 Run = Callable[[Answers], Any]
-
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-    # one side is a constant here, and small numbers and texts are one object each inside
-    ast.Is: lambda a, b: a is b or (type(a) is type(b) and type(a) in (int, str) and a == b),
-    ast.IsNot: lambda a, b: not (a is b or (type(a) is type(b) and type(a) in (int, str) and a == b)),
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
-    ast.Not: operator.not_,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Invert: operator.invert,
-}
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-}
-_TYPES: dict[str, Any] = {
-    **{kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, tuple, dict, frozenset)},
-    "set": frozenset,  # as which sets come out
-}
-_CONSTANTS = {f"math.{name}": getattr(math, name) for name in ("pi", "e", "inf", "nan", "tau")} | {
-    "sys.maxsize": sys.maxsize
-}
-_CHECKS: dict[str, Callable[..., Any]] = {  # of values from inside
-    **{name: getattr(math, name.removeprefix("math.")) for name in ("math.isclose", "math.fabs", "math.isnan")},
-    **{"isclose": math.isclose, "fabs": math.fabs, "abs": abs, "round": round, "bool": bool, "type": type},
-    **{"isinstance": isinstance, "all": all, "any": any},
-}
-_BUILDERS: dict[str, Callable[..., Any]] = {  # of constants alone: of anything else, inside
-    **{kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, str, int, float, complex, bytes)},
-    **{f.__name__: f for f in (sorted, len, sum, min, max, zip, enumerate, reversed, chr, ord)},
-    **{"range": range, "Fraction": Fraction, "Decimal": Decimal, "Counter": Counter},
-    **{"fractions.Fraction": Fraction, "decimal.Decimal": Decimal, "collections.Counter": Counter},
-    **{
-        f"math.{name}": getattr(math, name) for name in ("sqrt", "sin", "cos", "tan", "exp", "log", "floor", "ceil")
-    },
-}
-_TEXT_METHODS = frozenset({"split", "upper", "lower", "join", "strip", "replace", "title"})
 
 
 class Inside(Exception):
@@ -155,21 +106,21 @@ class Question:
         return _constant(node.value, node)
 
     def _name(self, node: ast.Name, bound: Mapping[str, Any]) -> Part:
-        for names in (bound, self.known, _TYPES):
+        for names in (bound, self.known, TYPES):
             if node.id in names:
                 return _constant(names[node.id], node)
         raise Inside
 
     def _attribute(self, node: ast.Attribute, bound: Mapping[str, Any]) -> Part:
-        if ast.unparse(node) not in _CONSTANTS:
+        if ast.unparse(node) not in CONSTANTS:
             raise Inside
-        return _constant(_CONSTANTS[ast.unparse(node)], node)
+        return _constant(CONSTANTS[ast.unparse(node)], node)
 
     def _compare(self, node: ast.Compare, bound: Mapping[str, Any]) -> Part:
         parts = [self._part(each, bound) for each in (node.left, *node.comparators)]
         if isinstance(node.ops[0], ast.Is | ast.IsNot) and all(part.kind != "constant" for part in parts):
             raise Inside  # identity is lost on the way out, and nothing can pretend to it
-        steps = [_COMPARISONS[type(op)] for op in node.ops]
+        steps = [COMPARISONS[type(op)] for op in node.ops]
         return self._of(
             node, parts, lambda *all_: all(step(*pair) for step, pair in zip(steps, pairwise(all_), strict=True))
         )
@@ -184,14 +135,14 @@ class Question:
         return Part("mixed", lambda answers: decide(run(answers) for run in runs), node)
 
     def _unaryop(self, node: ast.UnaryOp, bound: Mapping[str, Any]) -> Part:
-        return self._of(node, [self._part(node.operand, bound)], _UNARY[type(node.op)])
+        return self._of(node, [self._part(node.operand, bound)], UNARY[type(node.op)])
 
     def _binop(self, node: ast.BinOp, bound: Mapping[str, Any]) -> Part:
         left, right = self._part(node.left, bound), self._part(node.right, bound)
-        if type(node.op) not in _BINARY:
+        if type(node.op) not in BINARY:
             raise Inside
         trusted = left.kind == right.kind == "constant"
-        return self._of(node, [left, right], lambda a, b: _binary(type(node.op), a, b, trusted))
+        return self._of(node, [left, right], lambda a, b: arithmetic(type(node.op), a, b, trusted))
 
     def _list(self, node: ast.List | ast.Tuple | ast.Set, bound: Mapping[str, Any]) -> Part:
         parts = [self._part(each, bound) for each in node.elts]
@@ -211,7 +162,7 @@ class Question:
         return self._of(node, parts, lambda *entries: dict(zip(entries[:size], entries[size:], strict=True)))
 
     def _call(self, node: ast.Call, bound: Mapping[str, Any]) -> Part:
-        method = isinstance(node.func, ast.Attribute) and node.func.attr in _TEXT_METHODS
+        method = isinstance(node.func, ast.Attribute) and node.func.attr in TEXT_METHODS
         name = ast.unparse(node.func)
         if not self.functions or any(isinstance(each, ast.Starred) for each in node.args):
             raise Inside
@@ -225,7 +176,7 @@ class Question:
             value = text.run(()) if text.kind == "constant" else None
             function: Any = getattr(value, node.func.attr) if isinstance(value, str) else None
         else:
-            function = _CHECKS.get(name) or (_BUILDERS.get(name) if constant else None)
+            function = CHECKS.get(name) or (BUILDERS.get(name) if constant else None)
         # a second argument, such as the digits of `round`, is the tests'
         if function is None or (name in ("round", "isinstance") and any(p.kind != "constant" for p in parts[1:])):
             raise Inside
@@ -311,26 +262,6 @@ def _nothing(answers: Answers) -> Any:
 def _constant(value: Any, node: ast.expr) -> Part:
     fixed = list(value) if isinstance(value, zip | enumerate | reversed) else value
     return Part("constant", lambda _: fixed, node)
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, Fraction):
-        return _size(value.numerator) + _size(value.denominator)
-    return value.bit_length() if isinstance(value, int) else len(value) if hasattr(value, "__len__") else 64
-
-
-def _binary(op: type[ast.operator], a: Any, b: Any, trusted: bool) -> Any:
-    """Arithmetic that cannot hold the trainer up; raises `OverflowError`."""
-    numbers = isinstance(a, int | float | complex | Fraction | Decimal)
-    size = _size(a) + _size(b)
-    if op is ast.Mult and isinstance(a, int) != isinstance(b, int):  # a sequence, repeated
-        size = max(size, _size(a) * abs(b) if isinstance(b, int) and not numbers else 0)
-        size = max(size, _size(b) * abs(a) if isinstance(a, int) and hasattr(b, "__len__") else 0)
-    if op is ast.Pow and isinstance(b, int):
-        size = max(size, _size(a) * abs(b) if not isinstance(a, float | complex) else 0)
-    if size > _MAX_SIZE or (op is ast.Mod and not numbers and not trusted):
-        raise OverflowError("too large to be computed outside the sandbox")
-    return _BINARY[op](a, b)
 
 
 def literal(value: Any) -> ast.expr:
