@@ -213,6 +213,18 @@ def test_the_machine_cannot_be_seen(tmp_path: Path):
                  while True: written += file.write(b" " * 10 ** 6)
          """, None),
         ("def f(x):\n    return 'x' * 10 ** 7", "output"),
+        ("def f(x):\n    while True: open('/tmp/' + str(x := x + 1).zfill(250), 'w').close()", "output"),
+        # signals that the kernel sends for a pipe: to the first process, which no signal from inside stops, and to itself
+        ("""
+         import fcntl, os
+         def f(x):
+             for process in (1, os.getpid()):
+                 read, write = os.pipe()
+                 fcntl.fcntl(read, fcntl.F_SETOWN, process)
+                 fcntl.fcntl(read, fcntl.F_SETSIG, 19)
+                 fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
+                 os.write(write, b"x")
+         """, "timeout"),
         ("""
          import os
          def f(x):

@@ -59,7 +59,8 @@ class Spares(Generic[T]):
             self._closed, self._wanted = True, 0
             self._change.notify_all()
         self._thread.join()
-        for left in self._waiting:
+        while self._waiting:
+            left = self._waiting.popleft()
             if not isinstance(left, BaseException):
                 self._end(left)
 
