@@ -141,7 +141,10 @@ class _Tests:
         question = self._question(test)
         if question.inside:
             self.steps.append(["ask", [ast.unparse(node) for node in question.inside], question.whole])
-            self.questions.append(lambda answer: answer if isinstance(answer, bool) else question.holds(answer))
+            self.questions.append(
+                # whether the whole holds is the sandbox's to say only where it was asked for it
+                lambda answer: answer if question.whole and isinstance(answer, bool) else question.holds(answer)
+            )
         elif not question.holds(()):
             self.steps.append(["ask", [], None])
             self.questions.append(lambda answer: False)

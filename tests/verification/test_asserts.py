@@ -125,6 +125,13 @@ def test_no_answer_holds_the_trainer_up(code: str, answer: Any):
         judge([[(True, answer)] * 2])
 
 
+def test_the_sandbox_says_what_holds_only_where_it_is_asked_for_the_whole():
+    judges = take_apart("assert f(1) == 2\nassert P(1) == P(1)")[1]
+    assert judges[1]([True])
+    with pytest.raises(TypeError):
+        judges[0]([True])
+
+
 def test_asserts_on_constants_alone_ask_nothing():
     assert take_apart("assert True, 'this always passes'")[0] == []
     (judge,) = take_apart("assert 1 == 2")[1]
