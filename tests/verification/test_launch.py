@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from sppo_lightning.errors import InputError
-from sppo_lightning.verification.code import check, plan
-from sppo_lightning.verification.sandbox import Sandbox, launch, stage
+from sppo_lightning.verification.code import check, plan, run_tests
+from sppo_lightning.verification.sandbox import Sandbox, SandboxFailure, check_sandbox, encode, launch, stage
 from sppo_lightning.verification.sandbox.spares import Spares
 
-DOUBLE = plan({"kind": "function", "fn": "f", "cases": [{"args": [2], "expected": 4}]})
+TESTS = {"kind": "function", "fn": "f", "cases": [{"args": [2], "expected": 4}]}
+DOUBLE = plan(TESTS)
 
 
 @pytest.fixture
@@ -175,6 +176,53 @@ def test_a_killed_trainer_leaves_no_spare():
     while runners() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not runners()
+
+
+@pytest.mark.sandbox
+def test_the_self_test_passes_here():
+    check_sandbox(Sandbox())
+
+
+@pytest.mark.sandbox
+def test_a_machine_without_bubblewrap_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match="`apt install bubblewrap`"):
+        run_tests("", TESTS)
+
+
+@pytest.mark.sandbox
+def test_a_sandbox_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch):
+    sandbox = Sandbox()
+    monkeypatch.setattr(sandbox, "_bubblewrap", ["bwrap", "--ro-bind", "/not/there", "/"])
+    with pytest.raises(InputError, match=r"does not start: bwrap: Can't find source path /not/there.*AppArmor"):
+        check_sandbox(sandbox)
+    with pytest.raises(SandboxFailure, match="Can't find source path"):
+        sandbox.run({"kind": "function", "fn": "f", "submission": "", "cases": [{"args": encode([])}]}, 1.0)
+
+
+@pytest.mark.sandbox
+def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
+    sandbox = Sandbox()
+    command = [*sandbox._bubblewrap]
+    place = command.index("--tmpfs")
+    monkeypatch.setattr(
+        sandbox, "_bubblewrap", [*command[: place - 2], "--bind", "/tmp", "/tmp", *command[place + 2 :]]
+    )
+    with pytest.raises(InputError, match="does not hold: a program in it can read a file"):
+        check_sandbox(sandbox)
+
+
+@pytest.mark.sandbox
+def test_without_a_sandbox_limits_hold_all_the_same():
+    sandbox = Sandbox(256, unsafe_no_sandbox=True)
+    for code, expected in (
+        ("def f(): return 1", '{"value": 1}'),
+        ("import os\ndef f(): return os.fork()", '{"error": "PermissionError"'),
+        ("def f(): return ' ' * 10 ** 12", '{"error": "MemoryError"}'),
+    ):
+        job = {"kind": "function", "fn": "f", "submission": code, "cases": [{"args": encode([])}]}
+        (outcome,) = sandbox.run(job, 5.0)
+        assert outcome["said"].startswith(expected)
 
 
 def runners() -> list[str]:
