@@ -10,15 +10,8 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sppo_lightning.verification.expressions import (
-    Inside,
-    Question,
-    constant_of,
-    literal,
-    mutable,
-    names_of,
-    rounds,
-)
+from sppo_lightning.verification.expressions import Question, constant_of, names_of, rounds
+from sppo_lightning.verification.operations import Inside, literal, mutable
 
 Judge = Callable[[Any], bool]
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -61,6 +54,7 @@ class _Tests:
         self.known: dict[str, Any] = {"__name__": "__main__"}  # constants by name
         self.told: set[str] = {"__name__"}  # names of constants that are known inside as well
         self.helpers: dict[str, ast.FunctionDef] = {}  # functions that hold asserts
+        self.asserting: set[str] = set()  # their names, told or not
         self.depth, self.calls = 0, 0  # of loops, of calls
 
     def follow(self, body: Sequence[ast.stmt]) -> None:
@@ -68,8 +62,9 @@ class _Tests:
         for statement in body:
             if isinstance(statement, ast.Assert):
                 self._assert(statement.test)
-            elif isinstance(statement, ast.FunctionDef) and _asserts(statement):
+            elif isinstance(statement, ast.FunctionDef) and self._asserts(statement):
                 self.helpers[statement.name] = statement  # not told, since what is expected stands in it
+                self.asserting.add(statement.name)
             elif not (self._try(self._let, statement) or self._try(self._follow_into, statement)):
                 self._inside(statement)
 
@@ -99,12 +94,13 @@ class _Tests:
 
     def _follow_into(self, statement: ast.stmt) -> bool:
         """A loop over constants, a decision on constants, or a call of a function that holds asserts."""
-        if isinstance(statement, ast.If) and _asserts(statement):
-            part = constant_of(statement.test, self.known)
-            if part is not None:
-                self.follow(statement.body if part.run(()) else statement.orelse)
-            return part is not None
-        if isinstance(statement, ast.For) and _asserts(statement) and not (statement.orelse or _leaves(statement)):
+        if isinstance(statement, ast.If) and self._asserts(statement):
+            return self._decide(statement)
+        if (
+            isinstance(statement, ast.For)
+            and self._asserts(statement)
+            and not (statement.orelse or _leaves(statement))
+        ):
             part = constant_of(statement.iter, self.known)
             if part is None:
                 return False
@@ -130,6 +126,28 @@ class _Tests:
         self.follow(helper.body)
         self.calls -= 1
         return True
+
+    def _decide(self, statement: ast.If) -> bool:
+        part = constant_of(statement.test, self.known)
+        if part is not None:
+            self.follow(statement.body if part.run(()) else statement.orelse)
+            return True
+        branches = []
+        for body in (statement.body, statement.orelse):
+            tests = [each.test for each in body if isinstance(each, ast.Assert)]
+            if len(tests) < len(body):
+                return False
+            branches.append(ast.BoolOp(ast.And(), [ast.Constant(True), *tests]))
+        self._assert(ast.IfExp(statement.test, *branches))
+        return True
+
+    def _asserts(self, statement: ast.stmt) -> bool:
+        """Whether it holds asserts, or calls a function that does."""
+        return any(
+            isinstance(node, ast.Assert)
+            or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.asserting)
+            for node in ast.walk(statement)
+        )
 
     def _bind(self, names: Mapping[str, Any]) -> None:
         for name, value in names.items():
@@ -181,7 +199,8 @@ class _Tests:
         for name in _bound(statement):
             self.known.pop(name, None)
             self.helpers.pop(name, None)
-        if _asserts(statement) and not isinstance(statement, _DEFINITIONS):
+            self.asserting.discard(name)
+        if self._asserts(statement) and not isinstance(statement, _DEFINITIONS):
             self.steps.append(["ask", [], None])
             self.questions.append(lambda answer: True)
             self._close()
@@ -206,10 +225,6 @@ class _Tests:
             self.steps[-1] = ["do", f"{self.steps[-1][1]}\n{source}"]
         else:
             self.steps.append(["do", source])
-
-
-def _asserts(statement: ast.stmt) -> bool:
-    return any(isinstance(node, ast.Assert) for node in ast.walk(statement))
 
 
 def _leaves(statement: ast.stmt) -> bool:

@@ -22,7 +22,9 @@ from sppo_lightning.verification.operations import (
     TEXT_METHODS,
     TYPES,
     UNARY,
+    Inside,
     arithmetic,
+    literal,
 )
 
 MAX_ROUNDS = 2_000  # of a loop or comprehension that is unrolled
@@ -30,10 +32,6 @@ MAX_ROUNDS = 2_000  # of a loop or comprehension that is unrolled
 Answer = tuple[bool, Any]  # whether it could be computed inside, and its value or what was raised
 Answers = Sequence[Answer]
 Run = Callable[[Answers], Any]
-
-
-class Inside(Exception):
-    """Raised for what cannot be computed outside."""
 
 
 class Unanswered(Exception):
@@ -134,6 +132,11 @@ class Question:
         # one after another, since what follows `x is None or` may have raised inside
         return Part("mixed", lambda answers: decide(run(answers) for run in runs), node)
 
+    def _ifexp(self, node: ast.IfExp, bound: Mapping[str, Any]) -> Part:
+        parts = [self._part(each, bound) for each in (node.test, node.body, node.orelse)]
+        test, body, orelse = (self._use(part) for part in parts)
+        return Part("mixed", lambda answers: body(answers) if test(answers) else orelse(answers), node)
+
     def _unaryop(self, node: ast.UnaryOp, bound: Mapping[str, Any]) -> Part:
         return self._of(node, [self._part(node.operand, bound)], UNARY[type(node.op)])
 
@@ -142,6 +145,13 @@ class Question:
         if type(node.op) not in BINARY:
             raise Inside
         trusted = left.kind == right.kind == "constant"
+        if (
+            isinstance(node.op, ast.Mod)
+            and not trusted
+            and left.kind == "constant"
+            and isinstance(left.run(()), str)
+        ):
+            raise Inside  # text with something in it
         return self._of(node, [left, right], lambda a, b: arithmetic(type(node.op), a, b, trusted))
 
     def _list(self, node: ast.List | ast.Tuple | ast.Set, bound: Mapping[str, Any]) -> Part:
@@ -242,13 +252,6 @@ def names_of(target: ast.expr, value: Any) -> dict[str, Any]:
     return {n: v for each, entry in zip(target.elts, value, strict=True) for n, v in names_of(each, entry).items()}
 
 
-def mutable(value: Any) -> bool:
-    """Whether a call could change the value."""
-    if isinstance(value, tuple | frozenset):
-        return any(map(mutable, value))
-    return isinstance(value, list | dict | set)
-
-
 def _value(answer: Answer) -> Any:
     if not answer[0]:
         raise Unanswered(answer[1])
@@ -262,17 +265,6 @@ def _nothing(answers: Answers) -> Any:
 def _constant(value: Any, node: ast.expr) -> Part:
     fixed = list(value) if isinstance(value, zip | enumerate | reversed) else value
     return Part("constant", lambda _: fixed, node)
-
-
-def literal(value: Any) -> ast.expr:
-    """The value as source; raises `Inside` for one that has none."""
-    try:
-        node = ast.parse(repr(value), mode="eval").body
-        if repr(ast.literal_eval(node)) == repr(value):
-            return node
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        pass
-    raise Inside
 
 
 class _Filled(ast.NodeTransformer):

@@ -14,6 +14,11 @@ from typing import Any
 
 _MAX_SIZE = 100_000  # bits or entries of what arithmetic takes and gives
 
+
+class Inside(Exception):
+    """Raised for what cannot be computed outside."""
+
+
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -88,3 +93,21 @@ def arithmetic(op: type[ast.operator], a: Any, b: Any, trusted: bool) -> Any:
     if size > _MAX_SIZE or (op is ast.Mod and not numbers and not trusted):
         raise OverflowError("too large to be computed outside the sandbox")
     return BINARY[op](a, b)
+
+
+def mutable(value: Any) -> bool:
+    """Whether a call could change the value."""
+    if isinstance(value, tuple | frozenset):
+        return any(map(mutable, value))
+    return isinstance(value, list | dict | set)
+
+
+def literal(value: Any) -> ast.expr:
+    """The value as source; raises `Inside` for one that has none."""
+    try:
+        node = ast.parse(repr(value), mode="eval").body
+        if repr(ast.literal_eval(node)) == repr(value):
+            return node
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        pass
+    raise Inside

@@ -43,6 +43,8 @@ def done(case: dict[str, Any]) -> str:
         ("assert f(1) is g(1)", ["f(1) is g(1)"]),
         ("assert type(f(1)) == int and isinstance(f(2), (int, str))", ["f(1)", "f(2)"]),
         ("assert f(x)[0].y == 2", ["f(x)[0].y"]),
+        ("if f(1):\n    assert f(2) == 2\nelse:\n    assert f(3) == 3", ["f(1)", "f(2)", "f(3)"]),
+        ("assert '%s' % f(1) == '2'", ["'%s' % f(1)"]),
         ("x = [1]\nassert f(x) == x", ["f(x)", "x"]),  # which `f` may have changed
     ],
 )  # fmt: skip
@@ -96,6 +98,8 @@ def test_what_is_expected_stays_outside(code: str):
         ("assert all(f(i) == i * i for i in range(3))", [0, 1, 4], True),
         ("assert all(f(i) == i * i for i in range(3))", [0, 1, 5], False),
         ("assert f(1) == 10 ** 9 + 7", [10**9 + 7], True),
+        ("if f(1):\n    assert f(2) == 2\nelse:\n    assert f(3) == 3", [0, 9, 3], True),
+        ("if f(1):\n    assert f(2) == 2\nelse:\n    assert f(3) == 3", [1, 9, 3], False),
     ],
 )
 def test_what_is_made_of_answers(code: str, answers: list[Any], holds: bool):
@@ -156,6 +160,7 @@ def test_a_case_for_each_assert_and_for_each_loop():
         f"for i in range({MAX_ROUNDS + 1}):\n    assert f(i) == i",
         "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass",
         "with g() as x:\n    assert f(x) == 1",
+        "def check(x, y=2):\n    assert f(x) == y\ncheck(1)",
     ],
 )
 def test_what_is_followed_no_further_runs_inside(code: str):
