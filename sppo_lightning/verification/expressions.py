@@ -47,6 +47,14 @@ class Part:
     node: ast.expr
 
 
+@dataclass
+class _Place:
+    """Where the answer for an expression will stand among the answers."""
+
+    node: ast.expr
+    number: int = -1
+
+
 class Question:
     """What a sandbox is asked to decide an expression.
 
@@ -59,9 +67,13 @@ class Question:
     def __init__(self, test: ast.expr, known: Mapping[str, Any], functions: bool = True) -> None:
         self.known = known
         self.functions = functions
-        self.inside: list[ast.expr] = []
+        self._places: list[_Place] = []
         self.constants = False  # whether any is part of it
         self._run = self._use(self._part(test, {}))
+        self._places.sort(key=lambda place: (place.node.lineno, place.node.col_offset))  # the order of evaluation
+        for number, place in enumerate(self._places):
+            place.number = number
+        self.inside = [place.node for place in self._places]
         # what compares nothing but objects of the submission's own class can be decided nowhere else
         places = {id(node): place for place, node in enumerate(self.inside)}
         self.whole = None if self.constants else ast.unparse(_with_places(test, places))
@@ -72,9 +84,9 @@ class Question:
 
     def _use(self, part: Part) -> Run:
         if part.kind == "inside":
-            place = len(self.inside)
-            self.inside.append(part.node)
-            return lambda answers: _value(answers[place])
+            place = _Place(part.node)
+            self._places.append(place)
+            return lambda answers: _value(answers[place.number])
         self.constants = self.constants or part.kind == "constant"
         return part.run
 
@@ -224,7 +236,7 @@ class Question:
 def constant_of(node: ast.expr, known: Mapping[str, Any]) -> Part | None:
     """The expression, if it is a constant."""
     question = Question.__new__(Question)
-    question.known, question.functions, question.inside, question.constants = known, True, [], False
+    question.known, question.functions, question._places, question.constants = known, True, [], False
     part = question._part(node, {})
     return part if part.kind == "constant" else None
 

@@ -44,6 +44,7 @@ def done(case: dict[str, Any]) -> str:
         ("assert type(f(1)) == int and isinstance(f(2), (int, str))", ["f(1)", "f(2)"]),
         ("assert f(x)[0].y == 2", ["f(x)[0].y"]),
         ("if f(1):\n    assert f(2) == 2\nelse:\n    assert f(3) == 3", ["f(1)", "f(2)", "f(3)"]),
+        ("assert s.pop() == s.top() + 1", ["s.pop()", "s.top()"]),
         ("assert '%s' % f(1) == '2'", ["'%s' % f(1)"]),
         ("x = [1]\nassert f(x) == x", ["f(x)", "x"]),  # which `f` may have changed
     ],
