@@ -18,6 +18,7 @@ from sppo_lightning.verification.asserts import take_apart
 from sppo_lightning.verification.expressions import Unanswered
 from sppo_lightning.verification.sandbox import NotPlain, Sandbox, decode, encode
 
+MAX_AT_ONCE = 64  # cases of a submission; each has up to `memory_mb` and four open files
 Judge = Callable[[Any], bool]  # of a decoded value, or of printed text
 Plan = tuple[dict[str, Any], list[Judge]]  # the sandbox's job, which holds no expected value; a judge for each case
 Status = Literal["passed", "failed", "error", "timeout", "memory", "output", "crashed"]
@@ -64,7 +65,8 @@ def run_tests(
         SandboxFailure: Where the sandbox failed; that says nothing about the submission.
         InputError: Where there is no sandbox on this machine.
     """
-    return check(Sandbox(memory_mb), submission, plan(tests), timeout_seconds, at_once=os.cpu_count() or 1)
+    at_once = min(len(os.sched_getaffinity(0)), MAX_AT_ONCE)
+    return check(Sandbox(memory_mb), submission, plan(tests), timeout_seconds, at_once)
 
 
 def check(sandbox: Sandbox, submission: str, plan: Plan, timeout_seconds: float, at_once: int) -> TestReport:

@@ -101,7 +101,7 @@ def run(job: dict[str, Any]) -> None:
         killed = {process for process, case in running.items() if late or case.too_much}
         for process in killed:
             os.kill(process, _SIGKILL)
-        pipes.serve(0.0 if killed else 0.005 if pipes.any_silent(running.values()) else 0.1)
+        pipes.serve(0.0 if killed else 0.001 if pipes.any_silent(running.values()) else 0.1)
         for process, case in list(running.items()):
             ended, status, usage = os.wait4(process, 0 if process in killed else os.WNOHANG)
             if ended:
