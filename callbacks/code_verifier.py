@@ -97,7 +97,7 @@ class CodeVerifier(Verifier):
             plans[key] = plans.get(key) or plan_of(prompt, each)
         pairs = [(last_code_block(text), key) for text, key in zip(responses, keys, strict=True)]
         different = list(dict.fromkeys((code, key) for code, key in pairs if code is not None))
-        with ThreadPoolExecutor(self.workers) as threads:
+        with self.sandbox.warm(len(different), spare=self.workers), ThreadPoolExecutor(self.workers) as threads:
             found = threads.map(lambda pair: self._report(pair[0], plans[pair[1]]), different)
             reports: dict[Any, TestReport | None] = dict(zip(different, found, strict=True))
         self.counts["timeouts"] += sum(r is not None and r.status == "timeout" for r in map(reports.get, pairs))

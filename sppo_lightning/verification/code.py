@@ -6,17 +6,19 @@ printed text come out, and are compared here.
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sppo_lightning.verification.asserts import take_apart
+from sppo_lightning.verification.expressions import Unanswered
 from sppo_lightning.verification.sandbox import NotPlain, Sandbox, decode, encode
 
+MAX_AT_ONCE = 64  # cases of a submission; each has up to `memory_mb` and four open files
 Judge = Callable[[Any], bool]  # of a decoded value, or of printed text
 Plan = tuple[dict[str, Any], list[Judge]]  # the sandbox's job, which holds no expected value; a judge for each case
 Status = Literal["passed", "failed", "error", "timeout", "memory", "output", "crashed"]
@@ -63,7 +65,8 @@ def run_tests(
         SandboxFailure: Where the sandbox failed; that says nothing about the submission.
         InputError: Where there is no sandbox on this machine.
     """
-    return check(Sandbox(memory_mb), submission, plan(tests), timeout_seconds, at_once=os.cpu_count() or 1)
+    at_once = min(len(os.sched_getaffinity(0)), MAX_AT_ONCE)
+    return check(Sandbox(memory_mb), submission, plan(tests), timeout_seconds, at_once)
 
 
 def check(sandbox: Sandbox, submission: str, plan: Plan, timeout_seconds: float, at_once: int) -> TestReport:
@@ -134,84 +137,8 @@ def _text(value: Any) -> str:
 
 
 def _plan_asserts(tests: Mapping[str, Any]) -> Plan:
-    """A case for each `assert`: both sides of a comparison leave the sandbox and are compared here.
-
-    Other statements set up what follows them. One that holds asserts inside (a loop, a `try`) is a case of its own,
-    and the only kind that the submission's process itself says to have passed.
-    """
-    try:
-        body = ast.parse(tests["code"]).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"`code` of the tests cannot be parsed: {error}") from error
-    setup: list[ast.stmt] = []
-    cases: list[dict[str, str]] = []
-    judges: list[Judge] = []
-    for statement in _flat(body):
-        before = ast.unparse(ast.Module(setup, []))
-        if isinstance(statement, ast.Assert):
-            expression, judge = _question(statement.test)
-            cases.append({"setup": before, "expression": expression})
-            judges.append(judge)
-        elif _asserts(statement) and not isinstance(statement, _DEFINITIONS):
-            cases.append({"setup": before, "statement": ast.unparse(statement)})
-            judges.append(lambda value: value is True)
-        else:
-            setup.append(statement)
+    cases, judges = take_apart(tests["code"])
     return {"kind": "asserts", "cases": cases}, judges
-
-
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements, with the body of `def check(candidate)` in the place of a call `check(add)` (HumanEval)."""
-    checks: dict[str, ast.FunctionDef] = {}
-    for statement in body:
-        if isinstance(statement, ast.FunctionDef) and _asserts(statement) and len(statement.args.args) == 1:
-            checks[statement.name] = statement
-            continue
-        call = statement.value if isinstance(statement, ast.Expr) else None
-        name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
-        if isinstance(call, ast.Call) and name in checks and len(call.args) == 1 and not call.keywords:
-            parameter = ast.Name(checks[name].args.args[0].arg, ast.Store())
-            yield ast.fix_missing_locations(ast.Assign([parameter], call.args[0], lineno=0))
-            yield from _flat(checks[name].body)
-        else:
-            yield statement
-
-
-def _asserts(statement: ast.stmt) -> bool:
-    return any(isinstance(node, ast.Assert) for node in ast.walk(statement))
-
-
-def _question(test: ast.expr) -> tuple[str, Judge]:
-    """The expression whose value the sandbox is asked for, and what makes it right."""
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        expression, judge = _question(test.operand)
-        return expression, lambda value: not judge(value)
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
-        compare = _COMPARISONS[type(test.ops[0])]
-        try:
-            expected = ast.literal_eval(test.comparators[0])
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            both = ast.Tuple([test.left, test.comparators[0]], ast.Load())
-            return ast.unparse(both), lambda value: compare(value[0], value[1])
-        return ast.unparse(test.left), lambda value: compare(value, expected)
-    return ast.unparse(test), bool
-
-
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: lambda a, b: a == b,
-    ast.NotEq: lambda a, b: a != b,
-    ast.Lt: lambda a, b: a < b,
-    ast.LtE: lambda a, b: a <= b,
-    ast.Gt: lambda a, b: a > b,
-    ast.GtE: lambda a, b: a >= b,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-    ast.Is: lambda a, b: a is b or (type(a) is type(b) and type(a) in (bool, int, str) and a == b),
-    ast.IsNot: lambda a, b: a is not b and not (type(a) is type(b) and a == b),
-}
 
 
 def _status(outcome: Mapping[str, Any], judge: Judge) -> Status:
@@ -227,15 +154,26 @@ def _status(outcome: Mapping[str, Any], judge: Judge) -> Status:
             return "memory"
         if outcome["code"] != 0 or "error" in said:
             return "error"
-        answer = outcome["printed"] if "printed" in outcome else decode(said["value"])
-    except (ValueError, KeyError, AttributeError, RecursionError, NotPlain):
+        answer = outcome["printed"] if "printed" in outcome else _answer(said)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, NotPlain):
         if "printed" not in outcome or outcome["code"] != 0:
             return "error"  # it ended early, or wrote into the pipe itself
         answer = outcome["printed"]
     try:
         return "passed" if judge(answer) else "failed"
-    except (TypeError, ValueError, LookupError, RecursionError, OverflowError):
+    except Unanswered:
+        return "error"
+    except Exception:  # values that cannot be compared are the submission's doing
         return "failed"
+
+
+def _answer(said: Mapping[str, Any]) -> Any:
+    if "asked" not in said:
+        return decode(said["value"])
+    return [
+        asked if isinstance(asked, bool) else [(plain is True, decode(value)) for plain, value in asked]
+        for asked in said["asked"]
+    ]
 
 
 def _equals(expected: Any) -> Judge:

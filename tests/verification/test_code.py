@@ -47,6 +47,18 @@ def asserts(code: str) -> dict[str, Any]:
         ("print('a  ')\nprint()", stdio(("", "a\n")), 1),
         ("if __name__ == '__main__':\n    print(open(0).read())", stdio(("ü\n", "ü\n")), 1),
         ("print(6)\nexit()", stdio(("", "6")), 1),
+        ("import threading, time\ndef main():\n    time.sleep(0.1)\n    print(6)\nthreading.Thread(target=main).start()",
+         stdio(("", "6")), 1),
+        ("import atexit\natexit.register(print, 6)", stdio(("", "6")), 1),
+        ("import io, sys\nprint(6)\nsys.stdout = io.StringIO()\nprint(7)", stdio(("", "6")), 1),
+        ("import sys\nprint(6)\nsys.stdout.close()", stdio(("", "6")), 1),
+        ("out = open(1, 'w')\nout.write('6')", stdio(("", "6")), 1),
+        ("\ufeffdef f(x: int): pass\nprint(f.__annotations__['x'] is int, __file__)",
+         stdio(("", "True /tmp/submission.py")), 1),
+        ("def f(n):\n    return n and 1 + f(n - 1)\nprint(f(990))", stdio(("", "990")), 1),
+        ("from collections import Counter\ndef f(s):\n    return Counter(s)", function("f", (["aab"], {"a": 2, "b": 1})), 1),
+        ("from fractions import Fraction\ndef f(n):\n    return Fraction(n, 2) + 1j * 0 if n < 0 else Fraction(n, 2)",
+         asserts("assert f(1) == 0.5\nassert f(-2) == complex(-1, 0)"), 2),
         ("def sq(x):\n    return x * x", asserts("assert sq(3) == 9\nassert sq(2) != 5\nassert not sq(0)"), 3),
         ("def sq(x):\n    return x * x", asserts("import math\nassert math.isclose(sq(1.5), 2.25), 'close'"), 1),
         ("def sq(x):\n    return x * x", asserts("for i in range(3):\n    assert sq(i) == i * i"), 1),
@@ -81,7 +93,8 @@ def test_what_passes(submission: str, tests: dict[str, Any], passed: int):
         ("\ud800", ADD, "error"),
         ("x = 1\0", ADD, "error"),
         ("def sq(x):\n    return x", asserts("assert sq(3) == 9\nassert sq(2) == 4"), "failed"),
-        ("def sq(x):\n    return x", asserts("for i in range(3):\n    assert sq(i) == i * i"), "error"),
+        ("def sq(x):\n    return x", asserts("for i in range(3):\n    assert sq(i) == i * i"), "failed"),
+        ("def sq(x):\n    return x", asserts("while True:\n    assert sq(2) == 4\n    break"), "error"),
     ],
 )
 def test_what_does_not(submission: str, tests: dict[str, Any], status: str):
@@ -106,13 +119,10 @@ def test_no_expected_value_goes_into_the_sandbox():
         asserts(f"x = 1\nassert f(x) == {secret!r}\nassert {secret!r} != f(2)"),
     ):
         job, judges = plan(tests)
-        inside = json.dumps(job)
-        if tests["kind"] == "asserts":
-            assert inside.count(secret) == 1  # on the left it is part of the question
-        else:
-            assert secret not in inside
-        assert judges[0](secret) is True
-        assert judges[0]("else") is False
+        assert secret not in json.dumps(job)
+        asked = tests["kind"] == "asserts"
+        assert judges[0]([[(True, secret)]] if asked else secret) is True
+        assert judges[0]([[(True, "else")]] if asked else "else") is False
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from sppo_lightning.errors import InputError
 from sppo_lightning.verification.code import TestReport, run_tests
-from sppo_lightning.verification.sandbox import Sandbox, SandboxFailure, check_sandbox, decode, encode, launch
+from sppo_lightning.verification.sandbox import Sandbox, decode, encode, launch
 
 pytestmark = pytest.mark.sandbox
 TESTS = {"kind": "function", "fn": "f", "cases": [{"args": [1], "expected": "the right answer"}]}
@@ -213,6 +212,18 @@ def test_the_machine_cannot_be_seen(tmp_path: Path):
                  while True: written += file.write(b" " * 10 ** 6)
          """, None),
         ("def f(x):\n    return 'x' * 10 ** 7", "output"),
+        ("def f(x):\n    while True: open('/tmp/' + str(x := x + 1).zfill(250), 'w').close()", "output"),
+        # signals that the kernel sends for a pipe: to the first process, which no signal from inside stops, and to itself
+        ("""
+         import fcntl, os
+         def f(x):
+             for process in (1, os.getpid()):
+                 read, write = os.pipe()
+                 fcntl.fcntl(read, fcntl.F_SETOWN, process)
+                 fcntl.fcntl(read, fcntl.F_SETSIG, 19)
+                 fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
+                 os.write(write, b"x")
+         """, "timeout"),
         ("""
          import os
          def f(x):
@@ -301,36 +312,6 @@ def test_deep_recursion_works():
     assert answer(code, 20_000) == 20_000
 
 
-def test_the_self_test_passes_here():
-    check_sandbox(Sandbox())
-
-
-def test_a_machine_without_bubblewrap_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(InputError, match="`apt install bubblewrap`"):
-        run_tests("", TESTS)
-
-
-def test_a_sandbox_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch):
-    sandbox = Sandbox()
-    monkeypatch.setattr(sandbox, "_bubblewrap", ["bwrap", "--ro-bind", "/not/there", "/"])
-    with pytest.raises(InputError, match=r"does not start: bwrap: Can't find source path /not/there.*AppArmor"):
-        check_sandbox(sandbox)
-    with pytest.raises(SandboxFailure, match="Can't find source path"):
-        sandbox.run({"kind": "function", "fn": "f", "submission": "", "cases": [{"args": encode([])}]}, 1.0)
-
-
-def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
-    sandbox = Sandbox()
-    command = [*sandbox._bubblewrap]
-    place = command.index("--tmpfs")
-    monkeypatch.setattr(
-        sandbox, "_bubblewrap", [*command[: place - 2], "--bind", "/tmp", "/tmp", *command[place + 2 :]]
-    )
-    with pytest.raises(InputError, match="does not hold: a program in it can read a file"):
-        check_sandbox(sandbox)
-
-
 def test_nothing_survives_a_killed_trainer():
     script = "from sppo_lightning.verification.code import run_tests\n"
     script += f"run_tests('def f(x):\\n    while True: pass', {TESTS!r}, timeout_seconds=60)"
@@ -346,18 +327,6 @@ def test_nothing_survives_a_killed_trainer():
 def test_the_report_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "REPORT_BYTES", 1000)
     assert attack("def f(x): return 'x' * 100_000").status == "output"
-
-
-def test_without_a_sandbox_limits_hold_all_the_same():
-    sandbox = Sandbox(256, unsafe_no_sandbox=True)
-    for code, expected in (
-        ("def f(): return 1", '{"value": 1}'),
-        ("import os\ndef f(): return os.fork()", '{"error": "PermissionError"'),
-        ("def f(): return ' ' * 10 ** 12", '{"error": "MemoryError"}'),
-    ):
-        job = {"kind": "function", "fn": "f", "submission": code, "cases": [{"args": encode([])}]}
-        (outcome,) = sandbox.run(job, 5.0)
-        assert outcome["said"].startswith(expected)
 
 
 @pytest.mark.parametrize("kind", ["set", "dict"])

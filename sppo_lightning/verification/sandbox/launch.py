@@ -11,16 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.verification.sandbox.spares import Spares
 from sppo_lightning.verification.sandbox.stage import interpreter, stage
 
 _NOBODY = 65534
-_START = "import sppo_sandbox_runner; sppo_sandbox_runner.main()"
+_START = "import gc; gc.disable(); import sppo_sandbox_runner; sppo_sandbox_runner.main()"
 START_SECONDS = 10.0  # to be ready, on a busy machine
 GRACE_SECONDS = 0.5  # for the runner to report what has timed out
 REPORT_BYTES = 64_000_000  # of all cases
@@ -42,13 +43,14 @@ class Sandbox:
     def __init__(self, memory_mb: int = 512, unsafe_no_sandbox: bool = False) -> None:
         self.memory_bytes = memory_mb * 1024**2
         self.unsafe_no_sandbox = unsafe_no_sandbox
+        self._spares: Spares[Started] | None = None
 
     def run(self, job: Mapping[str, Any], timeout_seconds: float, at_once: int = 1) -> list[dict[str, Any]]:
         """What the runner says of each case, in order.
 
         Args:
             job: `kind`, `submission`, `cases` and what else the kind needs; see `runner.py`.
-            timeout_seconds: Wall-clock time of all cases together, from when the interpreter is ready.
+            timeout_seconds: Wall-clock time of all cases together, from when the interpreter has read the job.
             at_once: Cases side by side.
 
         Raises:
@@ -56,28 +58,43 @@ class Sandbox:
         """
         limits = {"timeout_seconds": timeout_seconds, "memory_bytes": self.memory_bytes, "at_once": at_once}
         text = json.dumps({**job, **limits}).encode()
+        started = (self._spares.take() if self._spares else None) or self.start()
+        lines, said = started.run(text, timeout_seconds)
+        if [json.loads(line) for line in lines[:2]] != [{"ready": True}, {"started": True}]:
+            raise SandboxFailure(said or f"the sandbox did not start; status {started.process.returncode}")
+        found = {entry["case"]: entry for entry in map(json.loads, lines[2:])}
+        lost = {"seconds": 0.0, "status": "output" if len(started.said) > REPORT_BYTES else "timeout"}
+        return [found.get(number, lost) for number in range(len(job["cases"]))]
+
+    @contextlib.contextmanager
+    def warm(self, runs: int, spare: int) -> Iterator[None]:
+        """Start sandboxes ahead, for so many runs, while others run; none is left at the end, none is used twice.
+
+        Args:
+            runs: How many calls of `run` are to come.
+            spare: How many sandboxes may wait, ready, at a time.
+        """
+        spares = Spares(self.start, Started.end, runs, spare)
+        self._spares = spares
+        try:
+            yield
+        finally:
+            self._spares = None
+            spares.close()
+
+    def start(self) -> Started:
+        """A sandbox that will wait for its job; it ends with the thread that starts it."""
         with contextlib.ExitStack() as files:
-            given = files.enter_context(os.fdopen(os.memfd_create("job"), "wb+"))
-            given.write(text)
-            given.seek(0)
             errors = files.enter_context(os.fdopen(os.memfd_create("errors"), "wb+"))
             info, told = os.pipe()
             files.callback(os.close, info)
             try:
-                process = self._start(given, errors, told)
+                process = self._start(errors, told)
             finally:
                 os.close(told)
-            watch = _Watch(process, info)
-            lines = watch.lines(timeout_seconds)
-            errors.seek(0)
-            said = errors.read(2000).decode("utf-8", "replace").strip()
-        if not lines or json.loads(lines[0]) != {"ready": True}:
-            raise SandboxFailure(said or f"the sandbox did not start; status {process.returncode}")
-        found = {entry["case"]: entry for entry in map(json.loads, lines[1:])}
-        lost = {"seconds": 0.0, "status": "output" if len(watch.said) > REPORT_BYTES else "timeout"}
-        return [found.get(number, lost) for number in range(len(job["cases"]))]
+            return Started(process, errors, info, files.pop_all())
 
-    def _start(self, given: Any, errors: Any, told: int) -> subprocess.Popen[bytes]:
+    def _start(self, errors: Any, told: int) -> subprocess.Popen[bytes]:
         command = [str(interpreter()), "-I", "-S", "-c", _START]
         options: dict[str, Any] = {"env": {}, "cwd": "/"}
         if self.unsafe_no_sandbox:  # the copy, since an unprivileged user may not reach the original
@@ -90,10 +107,22 @@ class Sandbox:
             command = [*self._bubblewrap, "--info-fd", str(told), *command]
             options["pass_fds"] = [told]
         if os.geteuid() == 0:  # limits on processes do not bind root
-            options |= {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        return subprocess.Popen(
-            command, stdin=given, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, **options
-        )
+            if self._drop:
+                command = [*self._drop, *command]
+            else:
+                options |= {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True, **options)
+
+    @cached_property
+    def _drop(self) -> list[str]:
+        """The program that drops root's privileges, where there is one; Python would have to copy this process.
+
+        Copying a trainer's memory map takes longer than all the rest of a start; without `user` Python need not.
+        """
+        program = shutil.which("setpriv")
+        users = ("--reuid", str(_NOBODY), "--regid", str(_NOBODY), "--clear-groups")
+        return [program, *users] if program else []
 
     @cached_property
     def _root(self) -> Path:
@@ -117,51 +146,74 @@ class Sandbox:
         ]
 
 
-class _Watch:
-    """Reads what a sandbox says, and ends it when its time is up."""
+class Started:
+    """A sandbox that has been started, for one job."""
 
-    def __init__(self, process: subprocess.Popen[bytes], info: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], errors: Any, info: int, files: contextlib.ExitStack
+    ) -> None:
         self.process = process
+        self.errors = errors
         self.info = info
+        self.files = files  # to be closed at the end
         self.said = bytearray()
 
-    def lines(self, timeout_seconds: float) -> list[bytes]:
-        """Its lines, until it ends or its time is up; it is gone afterwards."""
-        pipe = self.process.stdout
-        assert pipe is not None
-        deadline, ready = time.monotonic() + START_SECONDS, False
+    def run(self, job: bytes, timeout_seconds: float) -> tuple[list[bytes], str]:
+        """What it says, line by line until it ends or its time is up, and its complaints; it is gone afterwards."""
         try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(pipe, selectors.EVENT_READ)
-                while (left := deadline - time.monotonic()) > 0 and len(self.said) <= REPORT_BYTES:
-                    if not selector.select(left):
-                        break
+            self._watch(len(job).to_bytes(8, "big") + job, timeout_seconds)
+        finally:
+            complaints = self.end()
+        *whole, _ = bytes(self.said).split(b"\n")  # the last is empty, or cut off
+        return whole, complaints
+
+    def _watch(self, given: bytes, timeout_seconds: float) -> None:
+        pipe, job_pipe = self.process.stdout, self.process.stdin
+        assert pipe is not None
+        assert job_pipe is not None
+        os.set_blocking(job_pipe.fileno(), False)
+        deadline, started = time.monotonic() + START_SECONDS, False
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            selector.register(job_pipe, selectors.EVENT_WRITE)
+            while (left := deadline - time.monotonic()) > 0 and len(self.said) <= REPORT_BYTES:
+                ready = {key.fileobj for key, _ in selector.select(left)}
+                if job_pipe in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        try:
+                            given = given[os.write(job_pipe.fileno(), given[:65536]) :]
+                        except BrokenPipeError:  # it has ended, which reading tells
+                            given = b""
+                    if not given:
+                        selector.unregister(job_pipe)
+                if pipe in ready:
                     chunk = os.read(pipe.fileno(), 1 << 20)
                     if not chunk:
                         break
                     self.said += chunk
-                    if not ready and b"\n" in self.said:
-                        ready, deadline = True, time.monotonic() + timeout_seconds + GRACE_SECONDS
-        finally:
-            self._end()
-        *whole, _ = bytes(self.said).split(b"\n")  # the last is empty, or cut off
-        return whole
+                    if not started and self.said.count(b"\n") >= 2:
+                        started, deadline = True, time.monotonic() + timeout_seconds + GRACE_SECONDS
 
-    def _end(self) -> None:
+    def end(self) -> str:
         """Kill what is left, from its first process on, and reap it: no zombie and no orphan stays."""
         assert self.process.stdout is not None
+        assert self.process.stdin is not None
         self.process.stdout.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.05 if self.said else 0)
-            return
-        # with the namespace's first process all of it dies, and bubblewrap reaps it; killed itself, it could not
-        first = self._first_process()
-        for kill, process in ((os.kill, first), (os.killpg, self.process.pid)):
-            if process is not None and self.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    kill(process, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(2.0)
+        self.process.stdin.close()  # for one that still waits for its job, that it is not wanted
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.05 if self.said else 0)
+            # with its first process all of a namespace dies, and bubblewrap reaps it; killed itself, it could not
+            for kill, process in ((os.kill, self._first_process()), (os.killpg, self.process.pid)):
+                if process is not None and self.process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        kill(process, signal.SIGKILL)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self.process.wait(2.0)
+            self.errors.seek(0)
+            return self.errors.read(2000).decode("utf-8", "replace").strip()
+        finally:
+            self.files.close()
 
     def _first_process(self) -> int | None:
         os.set_blocking(self.info, False)

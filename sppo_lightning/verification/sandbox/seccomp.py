@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import struct
+from functools import cache
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, and AUDIT_ARCH_…
 
@@ -73,24 +74,34 @@ def program(machine: str) -> bytes:
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
 
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+@cache
+def prepared() -> tuple[ctypes.CDLL, _Program]:
+    """What `install` needs and takes a while to make: asked for before a process is forked, it is there.
+
+    Raises:
+        OSError: Where the architecture is not known.
+    """
+    machine = os.uname().machine
+    if machine not in _ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
+    code = program(machine)
+    return ctypes.CDLL(None, use_errno=True), _Program(len(code) // 8, code)
+
+
 def install() -> None:
     """Put the filter on this thread and all that it starts, for good.
 
     Raises:
         OSError: Where the kernel refuses it, or the architecture is not known.
     """
-    machine = os.uname().machine
-    if machine not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
-    code = program(machine)
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc, code = prepared()
     for option, first, second in (
         (_PR_SET_NO_NEW_PRIVS, 1, None),
-        (_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(Program(len(code) // 8, code))),
+        (_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(code)),
     ):
         if libc.prctl(option, first, second, 0, 0):
             number = ctypes.get_errno()
