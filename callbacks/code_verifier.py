@@ -6,18 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks.verifier import Truncated, Verifier
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_option
 from sppo_lightning.verification.code import Plan, TestReport, check, last_code_block, plan
+from sppo_lightning.verification.hidden_tests import split_tests
 from sppo_lightning.verification.sandbox import Sandbox, SandboxFailure, check_sandbox
 
 CodeReward = Literal["all", "fraction", "efficiency"]
+Cases = Literal["visible", "hidden"]
 
 
 class CodeVerifier(Verifier):
@@ -36,6 +38,9 @@ class CodeVerifier(Verifier):
         timeout_seconds: Wall-clock time of a submission's tests together.
         memory_mb: Address space of a test.
         workers: Submissions side by side; one per core of this process when left out.
+        hidden_share: Share of each problem's cases that the reward never sees, from 0 to below 1; the same ones in
+            every verifier with the same share.
+        cases: "visible" for all but those; "hidden" for those alone, as a check of HackingMonitor.
         unsafe_no_sandbox: Run submissions with limits alone where bubblewrap cannot be used. They can then read
             what an unprivileged user can; every run warns.
         truncated: A response that was cut off is "unanswered", which scores 0, or "scored" as any other.
@@ -48,13 +53,17 @@ class CodeVerifier(Verifier):
         timeout_seconds: float = 5.0,
         memory_mb: int = 512,
         workers: int | None = None,
+        hidden_share: float = 0.0,
+        cases: Cases = "visible",
         unsafe_no_sandbox: bool = False,
         truncated: Truncated = "unanswered",
         **settings: Any,
     ) -> None:
         super().__init__(truncated=truncated, **settings)
-        if reward not in ("all", "fraction", "efficiency"):
-            raise InputError(f"`CodeVerifier.reward`={reward!r} is unknown; use all, fraction or efficiency.")
+        check_option("CodeVerifier.reward", reward, CodeReward)
+        check_option("CodeVerifier.cases", cases, Cases)
+        if not 0 <= hidden_share < 1 or (cases == "hidden" and not hidden_share):
+            raise InputError(f"`CodeVerifier.hidden_share`={hidden_share} leaves no {cases} case; use such as 0.3.")
         for setting, value, least in (
             ("timeout_seconds", timeout_seconds, 0.1),
             ("memory_mb", memory_mb, 64),
@@ -65,6 +74,8 @@ class CodeVerifier(Verifier):
                     f"`CodeVerifier.{setting}`={value} leaves nothing to run with; use {least} or more."
                 )
         self.reward = reward
+        self.hidden_share = hidden_share
+        self.cases = cases
         self.timeout_seconds = timeout_seconds
         self.workers = workers or len(os.sched_getaffinity(0))
         self.sandbox = Sandbox(memory_mb, unsafe_no_sandbox)
@@ -81,30 +92,41 @@ class CodeVerifier(Verifier):
         )
 
     def unusable(self, prompt: Prompt) -> str | None:
-        """Tests that are none."""
+        """Why no response to a prompt can be tested: tests that are none, or of which none is left."""
         try:
-            plan(tests_of(prompt))
+            self._tests_and_plan(prompt)
         except ValueError as error:
             return str(error)
         return None
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
         """A score for each response, the same response to the same tests being run once."""
-        tests = [tests_of(prompt) for prompt in prompts]
-        keys = [json.dumps(each, sort_keys=True, default=repr) for each in tests]
-        plans: dict[str, Plan] = {}  # made once, however many responses a prompt has
-        for prompt, each, key in zip(prompts, tests, keys, strict=True):
-            plans[key] = plans.get(key) or plan_of(prompt, each)
-        pairs = [(last_code_block(text), key) for text, key in zip(responses, keys, strict=True)]
-        different = list(dict.fromkeys((code, key) for code, key in pairs if code is not None))
+        planned = {key: self._planned(prompt) for key, prompt in {id(each): each for each in prompts}.items()}
+        codes = map(last_code_block, responses)
+        pairs = [(code, planned[id(prompt)]) for prompt, code in zip(prompts, codes, strict=True)]
+        different = {(code, tests.key): tests for code, tests in pairs if code is not None}
         with self.sandbox.warm(len(different), spare=self.workers), ThreadPoolExecutor(self.workers) as threads:
-            found = threads.map(lambda pair: self._report(pair[0], plans[pair[1]]), different)
-            reports: dict[Any, TestReport | None] = dict(zip(different, found, strict=True))
-        self.counts["timeouts"] += sum(r is not None and r.status == "timeout" for r in map(reports.get, pairs))
-        return [
-            0.0 if pair[0] is None else self._score_of(reports[pair], each)
-            for pair, each in zip(pairs, tests, strict=True)
-        ]
+            made = threads.map(lambda item: self._report(item[0][0], item[1].plan), different.items())
+            reports: dict[Any, TestReport | None] = dict(zip(different, made, strict=True))
+        scored = [(None if code is None else reports[code, tests.key], code, tests) for code, tests in pairs]
+        self.counts["timeouts"] += sum(r is not None and r.status == "timeout" for r, _, _ in scored)
+        return [0.0 if code is None else self._score_of(report, tests.tests) for report, code, tests in scored]
+
+    def _planned(self, prompt: Prompt) -> _Tests:
+        try:
+            return self._tests_and_plan(prompt)
+        except ValueError as error:
+            raise InputError(f"Row {prompt.row} of {prompt.dataset!r} cannot be tested: {error}.") from error
+
+    def _tests_and_plan(self, prompt: Prompt) -> _Tests:
+        """The tests that count here, and what is done with them; raises `ValueError` where there are none."""
+        visible, hidden = split_tests(tests_of(prompt), self.hidden_share, key=prompt.question)
+        tests = visible if self.cases == "visible" else hidden
+        if tests is None:
+            raise ValueError(f"it has no case to hide with `hidden_share`={self.hidden_share:g}")
+        if self.reward == "efficiency" and not _is_positive(tests.get("reference_seconds")):
+            raise ValueError("its tests lack `reference_seconds`, the time that `reward: efficiency` compares with")
+        return _Tests(tests, plan(tests), json.dumps(tests, sort_keys=True, default=repr))
 
     def _report(self, code: str, plan: Plan) -> TestReport | None:
         """What came of the tests; None where the sandbox failed."""
@@ -127,28 +149,26 @@ class CodeVerifier(Verifier):
         return min(1.0, float(tests["reference_seconds"]) / max(report.seconds, 1e-9))
 
 
+class _Tests(NamedTuple):
+    """A prompt's tests, and what is done with them."""
+
+    tests: Mapping[str, Any]
+    plan: Plan
+    key: str  # the same for the same tests
+
+
 def tests_of(prompt: Prompt) -> Mapping[str, Any]:
-    """The tests of a prompt; raises `InputError` for a prompt without any."""
+    """The tests of a prompt; raises `ValueError` for a prompt without any."""
+    example = '{"kind": "function", "fn": "add", "cases": [{"args": [1, 2], "expected": 3}]}'
     found: Any = prompt.metadata.get("tests") or prompt.gold
     try:
         tests = json.loads(found) if isinstance(found, str) else found
     except ValueError as error:
-        raise _refused(prompt, str(error)) from error
+        raise ValueError(f"its tests are no JSON ({error}); give it a column `tests`, such as {example}") from error
     if not isinstance(tests, Mapping):
-        raise _refused(prompt, "they are no mapping")
+        raise ValueError(f"its tests are no mapping; give it a column `tests`, such as {example}")
     return tests
 
 
-def plan_of(prompt: Prompt, tests: Mapping[str, Any]) -> Plan:
-    """What is done with a prompt's tests; raises `InputError` for such as cannot be run."""
-    try:
-        return plan(tests)
-    except ValueError as error:
-        raise _refused(prompt, str(error)) from error
-
-
-def _refused(prompt: Prompt, why: str) -> InputError:
-    return InputError(
-        f"Row {prompt.row} of {prompt.dataset!r} has no tests that CodeVerifier can run ({why}); give it a column "
-        '`tests`, such as {"kind": "function", "fn": "add", "cases": [{"args": [1, 2], "expected": 3}]}.'
-    )
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0

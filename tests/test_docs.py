@@ -13,6 +13,7 @@ from tiny_config import write_files
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import (
+    CodeVerifier,
     ExactMatch,
     FormatVerifier,
     HackingMonitor,
@@ -108,13 +109,30 @@ def test_a_step_scorer_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_the_pages_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monitor = only(
-        HackingMonitor, callbacks_built("HackingMonitor", monkeypatch, tmp_path, page="docs/reward-hacking.md")
+        HackingMonitor, callbacks_built("name: strict", monkeypatch, tmp_path, page="docs/reward-hacking.md")
     )
     (check,) = monitor.checks
     assert isinstance(check, ExactMatch)
     assert check.name == "strict"
     assert monitor.limits == Limits(spam_growth=None)
     assert monitor.stop_on_alarm
+
+
+def test_the_pages_hidden_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    callbacks = callbacks_built("cases: hidden", monkeypatch, tmp_path, page="docs/reward-hacking.md")
+    (check,) = only(HackingMonitor, callbacks).checks
+    assert (check.name, check.cases) == ("hidden_cases", "hidden")
+    assert check.hidden_share == only(CodeVerifier, callbacks).hidden_share == 0.3
+
+
+def test_the_pages_routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "my_verifiers.py").write_text(block_of("docs/verifiers.md", "python", "class Brief"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_verifiers", raising=False)
+    callbacks = callbacks_built("applies_to", monkeypatch, tmp_path)
+    (brief,) = [each for each in callbacks if type(each).__name__ == "Brief"]
+    assert brief.only_if_correct
+    assert only(CodeVerifier, callbacks).applies_to == ("livecode",)
 
 
 def test_the_monitors_defaults_are_those_of_the_table():

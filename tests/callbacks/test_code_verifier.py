@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import CodeVerifier, RolloutGeneration
 from sppo_lightning.errors import InputError
+from sppo_lightning.verification.hidden_tests import split_tests
 
 pytestmark = pytest.mark.sandbox
 CASES = [{"args": [1, 2], "expected": 3}, {"args": [-1, 1], "expected": 0}]
@@ -69,8 +70,30 @@ def test_a_sandbox_that_fails_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
     "tests", [None, "", "{", "[1]", {"kind": "function", "fn": "add", "cases": []}, {"kind": "?"}]
 )
 def test_a_prompt_without_tests_is_refused_by_its_row(tests: Any):
-    with pytest.raises(InputError, match="Row 7 of 'code' has no tests that CodeVerifier can run"):
+    with pytest.raises(InputError, match=r"Row 7 of 'code' cannot be tested: .+\."):
         CodeVerifier().score([prompt(tests, row=7)], [RIGHT])
+
+
+def test_what_can_never_be_tested_is_said_when_the_data_is_loaded():
+    one_case = {**ADD, "cases": CASES[:1]}
+    assert CodeVerifier().unusable(prompt()) is None
+    assert "column `tests`" in (CodeVerifier().unusable(prompt(None)) or "")
+    assert "`reference_seconds`" in (CodeVerifier(reward="efficiency").unusable(prompt()) or "")
+    assert CodeVerifier(hidden_share=0.5).unusable(prompt(one_case)) is None
+    check = CodeVerifier(hidden_share=0.5, cases="hidden")
+    assert check.unusable(prompt()) is None
+    assert check.unusable(prompt(one_case)) == "it has no case to hide with `hidden_share`=0.5"
+
+
+def test_a_submission_that_knows_the_visible_cases_fails_the_hidden_ones():
+    sums = {**ADD, "cases": [{"args": [n, n + 1], "expected": 2 * n + 1} for n in range(6)]}
+    visible, _ = split_tests(sums, 0.5, key="Add two numbers.")
+    table = {tuple(case["args"]): case["expected"] for case in visible["cases"]}
+    knows = f"```python\ndef add(a, b):\n    return {table}.get((a, b), 0)\n```"
+    rewarded = CodeVerifier(hidden_share=0.5, reward="fraction")
+    check = CodeVerifier(hidden_share=0.5, reward="fraction", cases="hidden")
+    assert rewarded.score([prompt(sums)] * 2, [RIGHT, knows]) == [1.0, 1.0]
+    assert check.score([prompt(sums)] * 2, [RIGHT, knows]) == [1.0, 0.0]
 
 
 def test_the_sandbox_is_tried_out_before_the_run(monkeypatch: pytest.MonkeyPatch):
@@ -91,7 +114,10 @@ def test_the_sandbox_is_tried_out_before_the_run(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"reward": "best"}, "`CodeVerifier.reward`='best' is unknown"),
+        ({"reward": "best"}, "`CodeVerifier.reward`=best is unknown; use all or fraction or efficiency."),
+        ({"cases": "some"}, "`CodeVerifier.cases`=some is unknown; use visible or hidden."),
+        ({"cases": "hidden"}, "`CodeVerifier.hidden_share`=0.0 leaves no hidden case; use such as 0.3."),
+        ({"hidden_share": 1.0}, "`CodeVerifier.hidden_share`=1.0 leaves no visible case"),
         ({"timeout_seconds": 0}, "`CodeVerifier.timeout_seconds`=0"),
         ({"memory_mb": 1}, "`CodeVerifier.memory_mb`=1"),
         ({"workers": 0}, "`CodeVerifier.workers`=0"),

@@ -144,9 +144,9 @@ def test_verifiers_are_asked_whether_they_can_do_anything_with_a_row(trainer, to
     trainer.callbacks += [NoRollouts(), verifier]
     with pytest.raises(InputError) as caught:
         trainer.validate(Reader(tokenizer), PromptDataModule(validation={"some": write_jsonl(rows)}))
-    assert "2 unusable rows, counted from 0 (rows 1, 2: the braces of the gold answer" in str(caught.value)
+    assert "2 unusable rows, counted from 0 (rows 1, 2: the gold answer" in str(caught.value)
     verifier.applies_to = ("words",)
-    with pytest.raises(InputError, match=r"1 unusable row, counted from 0 \(row 2: the braces"):
+    with pytest.raises(InputError, match=r"1 unusable row, counted from 0 \(row 2: the gold answer"):
         trainer.validate(Reader(tokenizer), PromptDataModule(validation={"some": write_jsonl(rows)}))
     verifier.applies_to = None
     data, module = PromptDataModule(validation={"some": write_jsonl(rows)}, on_bad_row="skip"), Reader(tokenizer)

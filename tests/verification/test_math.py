@@ -151,7 +151,8 @@ if "hang" in sys.argv:
 
 def run_script(path: Path, *args: str) -> subprocess.Popen[str]:
     path.write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, str(path), *args], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(path), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def is_running(pid: int) -> bool:
@@ -179,7 +180,18 @@ def test_a_script_without_main_guard_runs_once_and_leaves_nothing(tmp_path: Path
     assert all_end([int(pid) for pid in pids])
 
 
-def test_busy_workers_die_with_a_killed_trainer(tmp_path: Path):
+def test_a_session_without_a_file_can_verify():
+    """As in a notebook, whose main module cannot be imported."""
+    run = subprocess.run(
+        [sys.executable, "-"], input=SCRIPT, capture_output=True, text=True, check=True, timeout=60
+    )
+    status, *pids = run.stdout.splitlines()[1].split()
+    assert (status, len(pids), run.stderr) == ("correct", 2, "")
+    assert all_end([int(pid) for pid in pids])
+
+
+@pytest.mark.parametrize("end", ["kill", "interrupt"])
+def test_busy_workers_die_with_the_trainer(tmp_path: Path, end: str):
     script = run_script(tmp_path / "script.py", "hang")
     assert script.stdout is not None
     assert script.stdout.readline() == "ran\n"
@@ -187,6 +199,9 @@ def test_busy_workers_die_with_a_killed_trainer(tmp_path: Path):
     assert status == "correct"
     time.sleep(0.5)
     assert all(is_running(int(pid)) for pid in pids)
-    script.kill()
-    script.communicate()
+    if end == "kill":
+        script.kill()
+    else:
+        os.killpg(script.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which the workers get too
+    script.communicate(timeout=30)
     assert all_end([int(pid) for pid in pids])
