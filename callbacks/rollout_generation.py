@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from sppo_lightning.batch import PromptBatch, Rollouts
+from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines import Engine, HFEngine, Sampling
 from sppo_lightning.pipeline import Stage
 
@@ -72,20 +73,19 @@ class RolloutGeneration(Stage):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """Log lengths, truncation and speed of this iteration's responses."""
-        if batch.rollouts is not None:  # supervised learning samples nothing
-            seconds: float = pl_module.last_phase_seconds["rollout"]  # type: ignore
-            pl_module.log_dict(rollout_metrics(batch.rollouts, self._tokens / max(seconds, 1e-9)))
-
-
-def rollout_metrics(rollouts: Rollouts, tokens_per_second: float) -> dict[str, float]:
-    """`rollout/…` metrics of the responses that one batch has on this rank.
-
-    `tokens_per_second` counts all that was sampled for it: greedy responses, and those that were replaced.
-    """
-    count = max(len(rollouts), 1)
-    return {
-        "rollout/response_tokens_mean": float(rollouts.response_mask.sum()) / count,
-        "rollout/truncated_fraction": rollouts.finish_reasons.count("length") / count,
-        "rollout/tokens_per_second": tokens_per_second,
-    }
+        """Log lengths, truncation and speed of this iteration's responses, on all ranks."""
+        rollouts = batch.rollouts
+        if rollouts is None:  # supervised learning samples nothing
+            return
+        seconds: float = pl_module.last_phase_seconds["rollout"]  # type: ignore
+        # the speed counts all that was sampled: greedy responses, and those that were replaced
+        row = [float(rollouts.response_mask.sum()), rollouts.finish_reasons.count("length"), len(rollouts)]
+        sums = torch.tensor([*row, self._tokens / max(seconds, 1e-9)], device=pl_module.device)
+        tokens, truncated, count, speed = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        pl_module.log_dict(
+            {
+                "rollout/response_tokens_mean": tokens / max(count, 1),
+                "rollout/truncated_fraction": truncated / max(count, 1),
+                "rollout/tokens_per_second": speed,
+            }
+        )

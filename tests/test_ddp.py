@@ -103,7 +103,12 @@ def test_two_processes_do_what_one_does(silent: int) -> None:
     two, same = run(2, silent)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0.0, msg=lambda m, n=name: f"{n}: {m}")
-    compared = [n for n in metrics if n.split("/")[0] in ("policy", "critic", "reward", "advantage", "val")]
+    groups = ("policy", "critic", "reward", "advantage", "val")
+    compared = [
+        n
+        for n in metrics
+        if n.split("/")[0] in groups or n in ("rollout/response_tokens_mean", "rollout/truncated_fraction")
+    ]
     assert {"policy/loss", "critic/loss", "policy/grad_norm", "val/few/avg@3"} <= set(compared)
     for name in compared:
         assert same[name] == pytest.approx(metrics[name], abs=2e-6), name
