@@ -26,6 +26,7 @@ from sppo_lightning.verification.structure import (
     words_of,
 )
 
+_STATEMENT = re.compile(r"\\(?:equiv|pmod|cong|sim|perp|parallel|to|mapsto|implies|star)(?![A-Za-z])")  # no value
 _CLOCK = re.compile(r"[0-9]:[0-9]{2}")
 
 Leaf = Callable[[str, str], bool | None]  # whether two expressions, as canonical text, are equal
@@ -79,9 +80,20 @@ class Comparison:
             return False
         if kinds <= {"list", "set", "union", "named"}:
             return self._unordered(answer, gold)
+        if kinds == {":"} and len(answer.items) == len(gold.items):
+            return self._ratio(answer, gold)
         if len(answer.items) != len(gold.items):
             return False
+        if sum(sign in item for item in gold.items for sign in "±∓") > 1:
+            return answer.items == gold.items  # signs that go together
         return _all(self.agree(a, g) for a, g in zip(answer.items, gold.items, strict=True))
+
+    def _ratio(self, answer: Group, gold: Group) -> bool | None:
+        """2:4 is 1:2, but 2:60 is not 3:00."""
+        numbers = [[exact_number(item) for item in each.items] for each in (answer, gold)]
+        if any(None in each or 0 in each for each in numbers) or _CLOCK.search(":".join(gold.items)):
+            return _all(self.agree(a, g) for a, g in zip(answer.items, gold.items, strict=True))
+        return len({a / g for a, g in zip(*numbers, strict=True)}) == 1
 
     def _unordered(self, answer: Group, gold: Group) -> bool | None:
         """Whether each item has its own partner: equality is transitive, so that the first one will do."""
@@ -113,19 +125,20 @@ class Comparison:
     def _equations(self, answer: list[str], gold: list[str]) -> bool | None:
         """Sides of equations: `x=5` says 5, `41=42` says both, `y=2x` is one where the gold answer is one."""
         if len(gold) == 1:
-            values = [side for side in answer if not is_name(side)] or answer[1:]
+            values = [side for side in answer if not is_name(side, gold[0])] or answer[1:]
             return _all(self.agree(side, gold[0]) for side in values)
         if len(answer) == 1:
-            values = [side for side in gold if not is_name(side)] or gold[1:]
+            values = [side for side in gold if not is_name(side, "")] or gold[1:]
             return self.agree(answer[0], values[0]) if len(values) == 1 else False
         if len(gold) > 2 or len(answer) > 2:
             return False
         answer, gold = (
-            sides[::-1] if is_name(sides[1]) and not is_name(sides[0]) else sides for sides in (answer, gold)
+            sides[::-1] if is_name(sides[1], "") and not is_name(sides[0], "") else sides
+            for sides in (answer, gold)
         )
-        if answer[0] == gold[0] and is_name(gold[0]):
+        if answer[0] == gold[0] and is_name(gold[0], ""):
             return self.agree(answer[1], gold[1])
-        if is_name(answer[0]) and is_name(gold[0]) and exact_number(answer[1]) is not None:
+        if is_name(answer[0], "") and is_name(gold[0], "") and exact_number(answer[1]) is not None:
             return False  # x=5 is not y=5
         left, right = "=".join(answer), "=".join(gold)
         return False if is_refused(left, right) else self.leaf(left, right)
@@ -141,10 +154,15 @@ class Comparison:
             return option_of(answer) == letter
         if _CLOCK.search(gold):
             return words_of(answer) == words_of(gold)
-        left, right = quantity(answer), quantity(gold)
+        if _STATEMENT.search(gold):
+            return words_of(answer) == words_of(gold)
+        right = quantity(gold, "any")
+        left = quantity(answer, right.unit)
         if left.unit or right.unit:
             if left.unit and right.unit and left.unit != right.unit:
                 return False
+            if quantity(left.body).unit or quantity(right.body).unit:
+                return False  # 5 cm cm
             return self.agree(left.body, right.body)
         if is_words(gold) or is_words(answer):
             return words_of(answer) == words_of(gold)
@@ -161,8 +179,8 @@ def _names_another_variable(answer: str, gold: str) -> bool:
 
 
 def _values(group: Group) -> Group:
-    """Named values as a tuple in the order in which they are named."""
-    return group if group.kind == "()" else Group("()", tuple(sides_of(item)[1] for item in group.items))
+    """Named values as a tuple, in the order of their names."""
+    return group if group.kind == "()" else Group("()", tuple(sides_of(item)[1] for item in sorted(group.items)))
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:

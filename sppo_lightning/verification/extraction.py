@@ -15,7 +15,8 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(r"\banswer[*_ ]{0,4}:|\bfinal answer is:?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!]\s+(?=[A-Z])")
 _JOINT = re.compile(
-    r"(?:[\s$.,;()*]|\\[()\[\],;! ]|\\q?quad(?![A-Za-z])|\\text\s?\{\s?(?:or|and)\s?\}|\b(?:or|and)\b){0,40}"
+    r"(?:[\s$.,;()*|&/•-]|\\[\\()\[\],;! ]|\\q?quad(?![A-Za-z])|\\text\s?\{\s?(?:or|and)\s?\}|\b(?:or|and)\b)"
+    r"{0,200}"
 )
 
 

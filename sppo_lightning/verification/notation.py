@@ -7,20 +7,11 @@ single characters (`≤`, `∪`, `±`, `×`), set braces are `⦃⦄`, and `;` s
 from __future__ import annotations
 
 import re
-import unicodedata
 from functools import lru_cache
 
 from sppo_lightning.verification.extraction import boxes
+from sppo_lightning.verification.spelling import spell_out
 
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("−–—", "-"),
-        **dict.fromkeys("∗⋅·×✕", "×"),
-        **{"≦": "≤", "⩽": "≤", "≧": "≥", "⩾": "≥", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "θ": r"\theta "},
-        **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^2", "³": "^3", "º": "°"},
-        **{"〈": "⟨", "〉": "⟩", "'": "'", "…": r"\ldots ", "¢": r"\text{cent}", "\u200b": "", "\xa0": " "},
-    }
-)
 _NAMED = {
     "≤": "le leq leqslant",
     "≥": "ge geq geqslant",
@@ -32,7 +23,9 @@ _NAMED = {
     "∖": "setminus",
     "∈": "in",
     "∅": "emptyset varnothing",
-    "±": "pm mp",
+    "±": "pm",
+    "∓": "mp",
+    "'": "prime",
     "×": "cdot times ast",
     "⟨": "langle",
     "⟩": "rangle",
@@ -46,7 +39,8 @@ _NAMED = {
     "": "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle limits !",
     " ": ", ; : quad qquad space thinspace",
     r"\frac": "frac dfrac tfrac cfrac",
-    r"\text": "text textbf textrm textit textnormal textsf mathrm mathbf mathit boldsymbol bm mbox operatorname",
+    r"\text": "text textbf textrm textit textnormal textsf mathrm mbox operatorname",
+    r"\mathbf": "mathbf mathit boldsymbol bm",
     r"\binom": "binom dbinom tbinom",
     r"\ldots": "ldots dots cdots",
 }
@@ -61,25 +55,27 @@ _INFIX = re.compile(
     r"|^(?P<whole_over>[^{}]+)\\(?P<whole_name>over|choose)(?![A-Za-z])(?P<whole_under>[^{}]+)$"
 )
 _ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:aligned|align|gathered|split|equation)\*?\}")
-_ROOT_SIGN = re.compile(r"√\s*([0-9]+|[A-Za-z])")
 _NATURAL_LOG = re.compile(r"\\log_(?:e(?![A-Za-z])|\{\s?e\s?\})")
-_LONE_GROUP = re.compile(r"(?<=[,;(=+×-])\{([^{}]*)\}")
-_SINGLE = re.compile(r"([_^])\{\s*([0-9A-Za-z])\s*\}")
-_SYMBOL = re.compile(r"\{\s*([×±<>≤≥=:,∪∈])\s*\}")
+_LONE_GROUP = re.compile(r"(?<=[,;(=+×0-9-])\{(-?[^{}+-]*)\}")  # a sum in braces stays one thing
+_SCRIPT = re.compile(r"([_^])\s*(?:\{\s*([^{}]*?)\s*\}|(\\(?!frac|sqrt|binom)[A-Za-z]+|[0-9A-Za-z]))")
+_PRIME = re.compile(r"\^\{?('+)\}?")
+_SYMBOL = re.compile(r"\{\s*([×±+<>≤≥=:,∪∈-])\s*\}")
+_EULER = re.compile(r"(?<=[0-9])([eE])(?= )")  # 2e + 3 is a sum, 2e+3 is 2000
 _INEQUALITY = re.compile("[<>≤≥]")
 _THIN_COMMA = re.compile(r",\\!\s*")
 _FUNCTION_TIMES = re.compile(  # the parser would read `\sin x × y` as `\sin(x × y)`
-    r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?:\^(?:\{[^{}]*\}|[0-9]))?) ?(\\[a-z]+|[A-Za-z]|[0-9]+)(?= ?×)"
+    r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?:\^\{[^{}]*\})?) ?(\\[a-z]+|[A-Za-z]|[0-9]+)(?= ?×)"
 )
 _DEGREE = re.compile(r"\^\s?(?:\\circ(?![A-Za-z])|\{\s?\\circ\s?\}|°)")
 _TEXT = re.compile(r"\\text\s?\{([^{}]*)\}")
-_LONE_LETTER = re.compile(r"(?<![0-9)}. ])\\text\{([A-Za-z])\}")
+_LONE_LETTER = re.compile(r"(?:(?<![0-9)}. ])\\text\{([A-Za-z])\}|\\text\{([ei])\}|\\mathbf\s?\{([^{}]*)\})")
 _JOIN = re.compile(r"\\text\{\s*(or|and)\s*\}|\b(or|and)\b|\\(?:wedge|land)(?![A-Za-z])|\\(?:vee|lor)(?![A-Za-z])")
 _COMMA = re.compile(r",\s+")
+_FRENCH = re.compile(r"^([\[\]])([^()\[\]]*[,;][^()\[\]]*)([\[\]])$")  # ]0,1[ is open
 _SPACES = re.compile(r"\s+")
 _INNER_SPACE = re.compile(r"(?<=[0-9A-Za-z.]) (?=[0-9A-Za-z])")
 _PREAMBLE = re.compile(
-    r"(?P<text>\\text\{\s*)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*(?(text)\})(?=\s*\S)", re.IGNORECASE
+    r"\A(?P<text>\\text\{\s*)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*(?(text)\})(?=\s*\S)", re.IGNORECASE
 )
 
 
@@ -95,19 +91,17 @@ def normalize(answer: str) -> str:
         Malformed: For a command without its arguments.
     """
     text = _unwrap(answer).rstrip("\\")
-    if not text.isascii():
-        text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text)
-        text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    text = _EULER.sub(r"×\1", spell_out(text))
     text = _SYMBOL.sub(r"\1", _THIN_COMMA.sub(",", text)).replace("<=", "≤").replace(">=", "≥")
     if _ALIGNED.search(text) and r"\\" not in text:
         text = _ALIGNED.sub("", text).replace("&", "")
     if "\\" in text or "~" in text or "*" in text or "÷" in text:
         text = _COMMAND.sub(_respell, text)
         text = _with_arguments(_INFIX.sub(_as_prefix, _NATURAL_LOG.sub(r"\\ln ", text)))
-        text = _DEGREE.sub("°", _SYMBOL.sub(r"\1", text))
-        text = _FUNCTION_TIMES.sub(r"\1(\2)", text)
-        text = _LONE_LETTER.sub(r"\1", text)
-    text = _LONE_GROUP.sub(r"\1", _SINGLE.sub(r"\1\2", _COMMA.sub(";", _JOIN.sub(_joint, text.strip()))))
+        text = _LONE_LETTER.sub(_lone_letter, _DEGREE.sub("°", _SYMBOL.sub(r"\1", text)))
+    text = _SCRIPT.sub(lambda match: f"{match[1]}{{{match[2] if match[3] is None else match[3]}}}", text)
+    text = _PRIME.sub(r"\1", _FUNCTION_TIMES.sub(r"\1(\2)", text))
+    text = _LONE_GROUP.sub(r"\1", _COMMA.sub(";", _JOIN.sub(_joint, text.strip()))).replace("⦃⦄", "∅")
     if (whole := _TEXT.fullmatch(text)) is not None:
         text = whole[1].strip()
     text = _unwrap(text)
@@ -115,6 +109,9 @@ def normalize(answer: str) -> str:
         text = _PREAMBLE.sub("", text, count=1)
     # a space between two digits or letters stays: "1 2" is not 12
     text = _INNER_SPACE.sub("\0", _SPACES.sub(" ", text)).replace(" ", "").replace("\0", " ")
+    text = _FRENCH.sub(
+        lambda match: ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]"), text
+    )
     return text.strip(" ,;:").removesuffix(".").replace("+\\infty", "\\infty")
 
 
@@ -144,6 +141,11 @@ def _as_prefix(match: re.Match[str]) -> str:
     return rf"\{'frac' if name == 'over' else 'binom'}{{{over}}}{{{under}}}"
 
 
+def _lone_letter(match: re.Match[str]) -> str:
+    before = match.string[: match.start()][-1:]
+    return (" " if before.isalpha() else "") + (match[1] or match[2] or match[3])
+
+
 def _joint(match: re.Match[str]) -> str:
     """A list's separator; `∧` between inequalities that hold together."""
     together = "and" in match.group() or "wedge" in match.group() or "land" in match.group()
@@ -166,6 +168,8 @@ def _with_arguments(text: str) -> str:
             end = close + 1
         for _ in range(_ARGUMENTS[match.group()]):
             argument, end = _argument(text, end)
+            if not argument.strip():
+                raise Malformed("a command lacks an argument")
             parts.append("{" + _with_arguments(argument) + "}")
         at = end
     return "".join(parts) + text[at:] if parts else text
@@ -216,11 +220,20 @@ _LATEX = str.maketrans(
 )
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
 _DEGREES = re.compile(r"([0-9]+|\\frac\{[0-9]+\}\{[0-9]+\})°")
+_PRODUCT = re.compile(r"(?<=[0-9)])(?=[({]|\\(?:binom|frac|lfloor|lceil))")  # the parser would add the two
+_COMMA_IN_BRACKETS = re.compile(r"[(\[][^()\[\]]*,")
+# the parser would read them as the imaginary unit and as Euler's constant
+_UPPER_I = re.compile(r"(?<![A-Za-z\\])I(?![A-Za-z])")
+_GAMMA = re.compile(r"\\([Gg])amma(?![A-Za-z(])")
+_MIXED = re.compile(r"(?<![0-9.}A-Za-z])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})")
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 
 
 def to_latex(canonical: str) -> str:
     """Canonical text as LaTeX for a parser, with exact fractions for decimals and radians for degrees."""
-    text = _GROUPED.sub(lambda match: match.group().replace(",", ""), canonical)
+    text = _GAMMA.sub(lambda match: rf"\Xi_{{{ord(match[1])}}}", _UPPER_I.sub(r"\\Xi_{73}", canonical))
+    text = _PRODUCT.sub(r"\\cdot ", _MIXED.sub(r"(\1+\2)", text))
+    if not _COMMA_IN_BRACKETS.search(text):
+        text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)
     text = _DECIMAL.sub(lambda match: rf"\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}", text)
     return _DEGREES.sub(r"\\frac{\1\\pi}{180}", text).translate(_LATEX)

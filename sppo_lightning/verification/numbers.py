@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"
+_INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?:[ ][0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
     rf"""(?P<sign>[+-]?)(?:
@@ -67,65 +67,74 @@ mm millimeter millimetre | cm centimeter centimetre | m meter metre | km kilomet
 ft foot feet | yd yard | mi mile | mg milligram | g gram | kg kilogram | lb pound | oz ounce | s sec second
 min minute | h hr hour | day | week | wk | month | year yr | degree deg | radian rad | $ dollar usd | cent
 l liter litre | ml milliliter millilitre | gal gallon | quart qt | pint pt | n newton | j joule | w watt | hz hertz
-v volt | ohm | pa pascal | mol mole | mph | kph | unit | % | € euro | £
+v volt | ohm | pa pascal | mol mole | mph | kph | unit | € euro | £ | ¥ yen | ₹ rupee | kelvin | people person
+children child | men man | women woman | way | kj | kw | kpa | acre | ha hectare | celsius | fahrenheit
 """
 _UNITS = {name: group.split()[0] for group in re.split(r"[|\n]", _UNIT_NAMES) for name in group.split()}
 _COMPOUND = {"mph": "mi/h", "kph": "km/h"}
+# what changes the number that it stands behind, or says that it is none
 _NO_UNIT = re.compile(
-    r"""\b(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundred\w*
-    |thousand\w*|million\w*|billion\w*|trillion\w*|dozens?|pairs?|score|gross|percent\w*|times|plus|minus|over|of|or
-    |and|more|less|least|most|than|not|no|approximately|approx|about|around|roughly|nearly|almost|if|when|where|for
-    |otherwise|mod|base|to|pi|factorial|root|point|is|remainder|true|false|odd|even)\b""",
+    r"""\b(?:hal(?:f|ves|ved)|thirds?|quarters?|fourths?|\w+[^o]ths?|fifths?|tens|dozens?|pairs?|score|gross|(?-i:[MKkB])|bn
+    |mil|(?:hundr|thous|milli|billi|trilli)\w+|per\s?cents?|percent\w*|pct|times|plus|minus|over|of|or|and|more|less|least|most
+    |than|not|no|never|nor|approx\w*|about|around|roughly|nearly|almost|perhaps|maybe|possibly|if|when|where|for|but
+    |otherwise|mod\w*|base|to|pi|e|factorial|root|point|is|was|as|this|thus|versus|vs|\w+wards?|fails?|unless|always
+    |remainder|true|false|odd|even|powers?|logs?|sin|cos|tan|exclusive)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
-_END = r"(?:\^\{?[0-9]\}?)?"
+_PLURAL = re.compile(r"(?:[A-Za-z-]+ )*[A-Za-z]{3,}s(?: (?:old|long|tall|wide|high|deep|each|total|altogether))?")
+_END = r"(?:\^\{?-?[0-9]\}?)?"
 _BEHIND = re.compile(
     rf"""(?P<body>.*?[0-9A-Za-z)}}\]°%])[ ]?(?P<unit>
-      (?:[×/]?\\text\{{[^{{}}]*[A-Za-z][^{{}}]*\}}{_END})+
+      (?:[×/]?\\text\{{(?:[^{{}}]|\^\{{-?[0-9]\}})*\}}{_END})+
     | (?<=[0-9)}}])(?:[ ][A-Za-z]|[A-Za-z]{{2,}})(?:[A-Za-z/ ]*[A-Za-z])?{_END}
     | °(?:[CF]|\\text\{{[CF]\}})?
-    | [$€£]
+    | [$€£¥₹]
     )""",
     re.VERBOSE | re.DOTALL,
 )
-_POWER = re.compile(r"\^\{?([0-9])\}?")
+_POWER = re.compile(r"\^\{?(-?[0-9])\}?")
 _SQUARE = (("square", "2"), ("sq", "2"), ("squared", "2"), ("cubic", "3"), ("cubed", "3"), ("cu", "3"))
 
 
-def quantity(text: str) -> Quantity:
+def quantity(text: str, gold_unit: str | None = None) -> Quantity:
     r"""Canonical text apart from the unit it names: `5\text{cm}^2`, `$36`, `30 degrees`, `60\text{km/h}`.
 
-    Words of any kind in `\text{…}` are a unit ("5 apples"), and bare words if they are known ones; words that
-    change the number ("million", "or more") are not, and stay where they are.
+    A unit is a known one, what is counted (a plural: `5 apples`), or what the gold answer names (`gold_unit`, "any"
+    for the gold answer itself). Words that change the number ("million", "or more") are none.
     """
     text = text.replace(r"\text{$}", "$")
-    if "°" in text[:-1] and not re.search(r"°\\?[CFt]|\\[a-z]", text):
+    if "°" in text[:-1] and not re.search(r"°[^-+×/)]|\\[a-z]", text):
         return Quantity(text.replace("°", ""), "degree")  # 180°/2
-    if text[:1] in "$€£" and len(text) > 1:
-        return Quantity(text[1:], unit_name(text[0]))
-    if text[:2] in ("-$", "-€", "-£"):
-        return Quantity("-" + text[2:], unit_name(text[1]))
+    sign = text[:1] if text[:1] == "-" else ""
+    if text[len(sign) : len(sign) + 1] in tuple("$€£¥₹") and len(text) > len(sign) + 1:
+        return Quantity(sign + text[len(sign) + 1 :], unit_name(text[len(sign)]))
     match = _BEHIND.fullmatch(text)
     if match is None:
         return Quantity(text, None)
     said = match["unit"].replace(r"\text", "").replace("{", "").replace("}", "").strip()
     name = unit_name(said)
-    is_bare = "\\text" not in match["unit"] and not said.startswith(("°", "$", "€", "£"))
-    is_noun = said.isalpha() and len(said) > 3 and exact_number(match["body"]) is not None  # 5 apples
     if said.startswith("°") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         return Quantity(text, None)
-    if _NO_UNIT.search(said) or (is_bare and not is_noun and not _is_known(name)):
+    is_text = "\\text" in match["unit"] or not said[0].isalpha()
+    counted = _PLURAL.fullmatch(said) is not None and exact_number(match["body"]) is not None
+    named = is_text and (gold_unit in ("any", name))
+    if (
+        re.search("[0-9]", _POWER.sub("", said))
+        or _NO_UNIT.search(said)
+        or not (named or counted or _is_known(name))
+    ):
         return Quantity(text, None)
     return Quantity(match["body"], name)
 
 
 def unit_name(said: str) -> str:
     """One name for a unit however it is written: "square centimeters" and "cm^2" are both `cm2`."""
-    said = said.lower().replace("°c", "celsius").replace("°f", "fahrenheit").replace("°", "degree").strip(" .")
+    said = re.sub(r"\b(?!M[gmWPH])[A-Z][A-Za-z]*", lambda word: word.group().lower(), said)  # a Mm is no mm
+    said = said.replace("°c", "celsius").replace("°f", "fahrenheit").replace("°", "degree").strip(" .")
     parts = []
     for part in re.split(r"/|\bper\b", said):
         power = "".join(_POWER.findall(part))
-        words = re.findall(r"[a-z$€£%]+", _POWER.sub("", part))
+        words = re.findall(r"[A-Za-z$€£¥₹]+", _POWER.sub("", part))
         for word, exponent in _SQUARE:
             if word in words and len(words) > 1:
                 words.remove(word)
@@ -143,12 +152,12 @@ def _singular(word: str) -> str:
 
 
 def _is_known(name: str) -> bool:
-    known = set(_UNITS.values()) | {"mi", "celsius", "fahrenheit"}
+    known = set(_UNITS.values())
     return all(part.rstrip("0123456789") in known for part in name.split("/"))
 
 
 _BASED = re.compile(
-    r"\(?(?:\\text\{([0-9A-F]+)\}|\{?([0-9A-F]+)\}?)\)?_(?:([0-9])|\{\(?([0-9]{1,2})\)?\}|\{?\\text\{([a-z]+)\}\}?)"
+    r"(-?)\(?(?:\\text\{([0-9A-F]+)\}|\{?([0-9A-F]+)\}?)\)?_(?:([0-9])|\{\(?([0-9]{1,2})\)?\}|\{?\\text\{([a-z]+)\}\}?)"
 )
 _BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 
@@ -158,6 +167,6 @@ def based_number(text: str) -> tuple[str, int] | None:
     match = _BASED.fullmatch(text)
     if match is None:
         return None
-    marked, plain, digit, digits, word = match.groups()
-    base = int(digit or digits) if digit or digits else _BASE_WORDS.get(word, 0)
-    return ((marked or plain).lstrip("0") or "0", base)
+    sign, marked, plain, digit, digits, word = match.groups()
+    base = int(digit or digits) if digit or digits else _BASE_WORDS.get(word)
+    return None if base is None else (sign + ((marked or plain).lstrip("0") or "0"), base)

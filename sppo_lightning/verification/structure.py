@@ -51,9 +51,9 @@ def items_of(text: str) -> tuple[str, ...]:
 
 def _both_signs(item: str) -> tuple[str, ...]:
     """`3±x` as its two values; anything else as it is."""
-    if item.count("±") != 1 or group_of(item) is not None:
+    if item.count("±") + item.count("∓") != 1 or group_of(item) is not None:
         return (item,)
-    return tuple(_without_plus(item.replace("±", sign)) for sign in "+-")
+    return tuple(_without_plus(re.sub("[±∓]", sign, item)) for sign in "+-")
 
 
 def _without_plus(text: str) -> str:
@@ -88,7 +88,7 @@ def group_of(text: str) -> Group | None:
         return relation[1]
     if len(parts := split(text, "∖")) == 2:
         return _without(group_of(parts[0]), group_of(parts[1]))
-    if len(parts := split(text, ":")) > 1 and all(exact_number(part) is not None for part in parts):
+    if len(parts := split(text, ":")) > 1 and not re.search("[A-Za-z]", _COMMAND.sub("", text)):
         return Group(":", tuple(parts))
     if text[:1] in _BRACKETS and text[-1:] in _BRACKETS[text[0]] and len(split(text, "")) == 1:
         return _bracketed(text)
@@ -186,7 +186,7 @@ def _turned(parts: Sequence[str]) -> list[str]:
 
 _OPTION = re.compile(
     r"(?:(?:option|choice)\s?)?(?:\(([A-J])\)|\[([A-J])\]|([A-J]))[).:]{0,2}"
-    r"|(?:\\text\{)?\(?([A-J])\)\s?\}?\s?(?!.*[A-J]\)).+",
+    r"|(?:\\text\{)?\(?([A-J])\)\s?\}?\s?(?P<content>[^+-].*)",
     re.IGNORECASE,
 )
 
@@ -194,29 +194,42 @@ _OPTION = re.compile(
 def option_of(text: str) -> str | None:
     """The letter of a multiple-choice option: `(B)`, `B.`, `B) 42`; or `None`."""
     match = _OPTION.fullmatch(text)
-    letter = next(group for group in match.groups() if group) if match else ""
+    if match is None or (match["content"] and exact_number(quantity(match["content"]).body) is None):
+        return None
+    letter = next(group for group in match.groups() if group)
     return letter if letter.isupper() else None
 
 
 _SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)")
 _ARGUMENT = re.compile(r"(?<=[A-Za-z'])\([^()]*\)")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_NO_NAME = re.compile(r"[0-9^<>≤≥≠≈!]|\\(?:sqrt|frac|binom|begin|sum|int|prod|pi|infty)(?![A-Za-z])")
+_DENIAL = re.compile(r"\b(?:not|never|no|wrong|false|incorrect|cannot|isn.?t)\b", re.IGNORECASE)
+_NO_NAME = re.compile(
+    r"^-|[0-9^<>≤≥≠≈!:]|\\(?:sqrt|frac|binom|begin|sum|int|prod|pi|infty|ln|log|lg|exp|bar|hat|vec)(?![A-Za-z])"
+)
+_PLAIN_NAME = re.compile(r"(?:[A-Za-z]'*|\\[a-z]+ ?)(?:_\{[^{}]*\})?(?:\([A-Za-z0-9,+-]*\))?|\\text\{[A-Za-z ]+\}")
 
 
-def is_name(side: str) -> bool:
-    r"""Whether a side of an equation names what the other side says: `x`, `f(2)`, `m+n`, `\angle A`, `|S|`."""
-    if re.fullmatch(r"\|[a-z]\|", side):
+def is_name(side: str, value: str) -> bool:
+    r"""Whether a side of an equation names what the other side says: `x`, `f(2)`, `m+n`, `\angle A`, `|S|`.
+
+    Where `value`, what is sought, has unknowns itself, only a plain name is one: `xy=2x` is no statement of 2x.
+    """
+    if re.fullmatch(r"\|[a-z]\|", side) or _DENIAL.search(side):
         return False  # |x| = 5 says two things of x
-    base = _SUBSCRIPT.sub("", _TEXT.sub("W", side))
-    base = _ARGUMENT.sub("", base)
-    return not _NO_NAME.search(base) and re.search("[A-Za-z]", base) is not None and base not in ("e", "i")
+    base = _ARGUMENT.sub("", _SUBSCRIPT.sub("", _TEXT.sub("W", side)))
+    if _NO_NAME.search(base) or not re.search("[A-Za-z]", base) or base in ("e", "i"):
+        return False
+    letters = re.findall("[A-Za-z]", _COMMAND.sub("", base))
+    if base.startswith("(") and letters != sorted(letters):
+        return False  # (y, x)
+    return not re.search("[A-DF-Za-df-hj-z]", _COMMAND.sub("", value)) or _PLAIN_NAME.fullmatch(side) is not None
 
 
 _COMMAND = re.compile(r"\\(?!text)[A-Za-z]+")
 _WORD = re.compile(
     r"\\text|(?<![A-Za-z])(?!(?:a?r?c?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|max|min|gcd|lcm|mod|det)\b)[A-Za-z]{3,}"
-    r"|[A-Z][a-z]+|(?:no|NO)"
+    r"|[A-Z][A-Za-z]+|no"
 )
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
 _POINT = re.compile(r"(?<![0-9])\.|\.(?![0-9])|[\s'\"]")
@@ -240,7 +253,7 @@ def as_group(items: Sequence[str]) -> Group | None:
     if all(map(relation_of, items)):
         return Group("union", tuple(items))  # x < 1 or x > 5
     sides = [split(item, "=") for item in items]
-    if all(len(each) == 2 and is_name(each[0]) for each in sides):
+    if all(len(each) == 2 and is_name(each[0], "") for each in sides):
         if len({re.sub(r"_.*", "", name) for name, _ in sides}) == len(sides) > 1:
             return Group("named", tuple(items))  # x=1, y=2
         return Group("list", tuple(value for _, value in sides))  # x=1, x=2

@@ -1,12 +1,14 @@
 """Whether two expressions are equal, by math-verify's parser and sympy's arithmetic. Runs in workers only.
 
-Two expressions are equal where their values agree to 200 places at several points that nobody would choose, which
-is stricter than comparing decimals and cheaper than simplifying. What has no values, such as relations, goes to
-math-verify.
+Two expressions are equal where a thousand digits do not tell their difference from 0, at several points that
+nobody would choose: stricter than comparing decimals, cheaper than simplifying. What has no values, such as
+relations, goes to math-verify.
 """
 
 from __future__ import annotations
 
+import hashlib
+import random
 from functools import cache
 from typing import Any
 
@@ -14,9 +16,6 @@ from sppo_lightning.verification.notation import to_latex
 
 _DIGITS = 1000  # that a difference may take to be told from 0
 _NEARLY = 1e-20  # relative difference of the factors of one equation
-_ZERO = 1e-200  # nearer than any two unequal numbers of an answer's length
-# odd points of both signs, near and far, none of which anybody would write into an answer
-_POINTS = ((731, 877), (-1193, 541), (91823, 617), (-389, 953), (-77711, 503))
 
 
 class UnreadableGold(ValueError):
@@ -59,7 +58,8 @@ def _parser_class() -> Any:
         """Tells `X` from `x`, and reads digits itself: its base hands them to `sympify`, which evaluates Python."""
 
         def __init__(self) -> None:
-            super().__init__(config=latex2sympy2.ConversionConfig(lowercase_symbols=False))
+            config = latex2sympy2.ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+            super().__init__(config=config)
 
         def parse_number(self, text: str) -> Any:
             return sympy.Integer(int(text))
@@ -80,10 +80,10 @@ def _equal_values(left: Any, right: Any, tolerance: float) -> bool | None:
     if difference.is_Rational and (difference == 0 or not tolerance):
         return bool(difference == 0)  # exact, however small it is
     symbols = left.free_symbols | right.free_symbols
-    differences = _values(difference, symbols)
-    if differences is None:
+    differences = [_value(difference, point) for point in _points(symbols, difference)]
+    if None in differences:
         return None
-    if all(abs(value) <= _ZERO for value in differences):
+    if not any(differences):
         return True
     return bool(not symbols and tolerance and abs(differences[0]) <= tolerance * abs(right.evalf()))
 
@@ -92,28 +92,52 @@ def _equal_equations(left: Any, right: Any) -> bool:
     """Whether an equation of several unknowns is another one with its terms moved, or both sides multiplied."""
     left, right = (_closed(each.lhs - each.rhs) for each in (left, right))
     symbols = left.free_symbols | right.free_symbols
-    values = [_values(each, symbols) for each in (left, right)]
-    if values[0] is None or values[1] is None or len(left.free_symbols) < 2 or 0 in values[1]:
+    pairs = [[_value(each, point) for each in (left, right)] for point in _points(symbols, left - right)]
+    if len(left.free_symbols) < 2 or not all(b for _, b in pairs) or any(a is None for a, _ in pairs):
         return False
-    factors = [a / b for a, b in zip(values[0], values[1], strict=True)]
+    factors = [a / b for a, b in pairs]
     return factors[0] != 0 and all(abs(factor / factors[0] - 1) <= _NEARLY for factor in factors)
 
 
-def _values(expression: Any, symbols: set[Any]) -> list[Any] | None:
-    """Values at every point, at one point where there are no unknowns; `None` where there is none."""
+def _points(symbols: set[Any], expression: Any) -> list[dict[Any, Any]]:
+    """Where to look: points of both signs that depend on the expression, so that none can be written for them.
+
+    Far away too where an expression has pieces; at whole numbers where it has factorials.
+    """
     import sympy
 
-    found = []
-    for over, under in _POINTS if symbols else _POINTS[:1]:
-        point = {
-            symbol: sympy.Rational(over * (2 * i + 1), under + 2 * i)
-            for i, symbol in enumerate(sorted(symbols, key=str))
+    if not symbols:
+        return [{}]
+    text = sympy.srepr(expression).encode()
+    draw = random.Random(hashlib.blake2b(text).digest())
+    if expression.has(sympy.factorial, sympy.binomial, sympy.factorial2):
+        return [
+            {symbol: sympy.Integer(draw.randint(5, 40)) for symbol in sorted(symbols, key=str)} for _ in range(4)
+        ]
+    has_pieces = expression.has(sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign) or any(
+        power.exp.is_Rational and not power.exp.is_Integer for power in expression.atoms(sympy.Pow)
+    )
+    sizes = [1, 1, 100, 3, 100] + ([10**5, 10**9, 10**5, 10**9] if has_pieces else [])
+    sizes += [sympy.Rational(1, 10), sympy.Rational(1, 9)] if has_pieces else []
+    return [
+        {
+            symbol: sympy.Rational((-1) ** number * size * draw.randint(300, 2999), draw.randint(300, 999))
+            for symbol in sorted(symbols, key=str)
         }
-        value = expression.evalf(30, subs=point, maxn=_DIGITS)
-        if not all(part.is_Number and part.is_finite for part in value.as_real_imag()):
-            return None
-        found.append(value)
-    return found
+        for number, size in enumerate(sizes)
+    ]
+
+
+def _value(expression: Any, point: dict[Any, Any]) -> Any:
+    """The value at a point, exactly 0 where a thousand digits do not tell it from 0; `None` where there is none."""
+    import sympy
+
+    value = expression.evalf(30, subs=point, maxn=_DIGITS)
+    parts = value.as_real_imag()
+    if not all(part.is_Number and part.is_finite for part in parts):
+        return None
+    # sympy marks what it could not tell from 0 with the precision of one bit
+    return value if any(part != 0 and part._prec > 1 for part in parts) else sympy.Integer(0)
 
 
 def _closed(expression: Any) -> Any:
@@ -125,8 +149,16 @@ def _closed(expression: Any) -> Any:
         expression = expression.doit()
     names = {each: sympy.Symbol(str(each)) for each in expression.atoms(AppliedUndef)}
     expression = expression.xreplace(names)
+    expression = expression.replace(_is_odd_root, lambda power: -(((-power.base) ** power.exp) ** 1))
     units = {each: sympy.I for each in expression.free_symbols if str(each) == "i"}
     return expression.subs(units) if units else expression
+
+
+def _is_odd_root(power: Any) -> bool:
+    """Whether it is such as the cube root of -8, which is meant to be -2."""
+    if not (power.is_Pow and power.exp.is_Rational and power.base.is_number and power.base.is_negative):
+        return False
+    return bool(power.exp.p == 1 and power.exp.q > 1 and power.exp.q % 2)
 
 
 def _equal_objects(left: Any, right: Any) -> bool:

@@ -17,12 +17,15 @@ def _close():
 
 
 @pytest.mark.parametrize(
-    "name", ["extraction", "numbers", "expressions", "structures", "units_text", "math500", "mixed", "hostile"]
+    "name",
+    ["extraction", "numbers", "expressions", "structures", "units_text", "math500", "mixed", "probes", "hostile"],
 )
 def test_every_case_has_its_score(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where a response that ran would leave a file
     cases = [json.loads(line) for line in (CASES / f"{name}.jsonl").read_text().splitlines()]
-    seconds = 1.0 if name in ("hostile", "mixed") else 20.0  # what is hostile may time out, nothing else may
+    seconds = (
+        1.0 if name in ("hostile", "mixed", "probes") else 20.0
+    )  # what is hostile may time out, nothing else may
     verdicts = verify_math(
         [case["response"] for case in cases], [case["gold"] for case in cases], timeout_seconds=seconds
     )

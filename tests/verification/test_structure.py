@@ -83,12 +83,22 @@ def test_sides():
     "side", ["x", "x_1", r"\theta", "f(2)", "m+n", r"\angle ABC", "|S|", r"\text{Area}", "(x,y)", "x_{\\max}"]
 )
 def test_names(side: str):
-    assert is_name(side)
+    assert is_name(side, "5")
 
 
 @pytest.mark.parametrize("side", ["5", "2x", "x+1", "x^2", r"\pi", "e", "i", r"\sqrt{x}", "x<", "x!", ""])
 def test_no_names(side: str):
-    assert not is_name(side)
+    assert not is_name(side, "5")
+
+
+def test_where_unknowns_are_sought_only_a_plain_name_is_one():
+    assert is_name("y", "2x")
+    assert is_name("f(x)", "2x")
+    assert is_name("f'(x)", "2x")
+    assert not is_name("xy", "2x")
+    assert not is_name(r"\ln y", "2x")
+    assert not is_name(r"\text{not }x", "5")
+    assert not is_name("(y,x)", "(1,2)")
 
 
 @pytest.mark.parametrize(
