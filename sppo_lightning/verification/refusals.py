@@ -57,7 +57,10 @@ def depth(text: str) -> int:
     return deepest
 
 
-_FUNCTIONS = "sin|cos|tan|cot|sec|csc|ln|lim|max|min|gcd|mathbb|overline|vec|hat|bar|equiv|pmod|left|right|text|end|begin|div"
+_FUNCTIONS = (
+    r"(?:sin|cos|tan|cot|sec|csc|ln|lim|max|min|gcd|mathbb|overline|vec|hat|bar"
+    r"|equiv|pmod|left|right|text|begin|end)"
+)
 _DANGLING = re.compile(
     r"(?:[-+×=^_/<>≤≥≠≈±∪∩∈∖(\[{⟨⦃]|[_^]\{\}"
     rf"|\\(?:{_FUNCTIONS}|(?:log|sum|int|prod)(?:[_^]\{{[^{{}}]*\}})*)|\\)$"
