@@ -229,7 +229,7 @@ def is_name(side: str, value: str) -> bool:
 _COMMAND = re.compile(r"\\(?!text)[A-Za-z]+")
 _WORD = re.compile(
     r"\\text|(?<![A-Za-z])(?!(?:a?r?c?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|max|min|gcd|lcm|mod|det)\b)[A-Za-z]{3,}"
-    r"|[A-Z][A-Za-z]+|no"
+    r"|[A-Z][A-Za-z]+|(?<![A-Za-z])no(?![A-Za-z])"
 )
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
 _POINT = re.compile(r"(?<![0-9])\.|\.(?![0-9])|[\s'\"]")
