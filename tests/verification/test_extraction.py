@@ -90,4 +90,4 @@ def test_boxes_side_by_side_are_one_answer(response: str, expected: str):
 def test_extraction_is_linear(text: str):
     start = time.perf_counter()
     extract_answer(text)
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 5.0  # quadratic time would take minutes; a busy machine, not so long
