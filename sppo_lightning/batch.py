@@ -75,7 +75,7 @@ class Rollouts:
     responses: list[str]  # N, decoded without special tokens
     finish_reasons: list[FinishReason]  # N, as the engine says it, never inferred from padding
     temperature: float  # logits are divided by it in sampling and in training alike
-    policy_version: int  # `trainer.global_step` of the weights that sampled
+    policy_versions: Tensor  # [N], int64: `trainer.global_step` of the weights that sampled each
     scores: dict[str, Scores] = field(default_factory=dict)  # by verifier name
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ class Rollouts:
                 the parts' own indices refer to the batches that they came from.
 
         Raises:
-            ValueError: Where parts differ in temperature, policy version or verifiers, where there are none, or
+            ValueError: Where parts differ in temperature or verifiers, where there are none, or
                 where `prompt_index` is not one per response.
         """
         if len(prompt_index) != sum(map(len, parts)) or not parts:

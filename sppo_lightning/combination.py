@@ -72,12 +72,12 @@ def check_sampling(module: Any, callbacks: Iterable[Any]) -> None:
             raise InputError(
                 f"`advantage`={name} needs a greedy response per prompt; set `greedy: true` on RolloutGeneration."
             )
-        truncated = sampling.top_p < 1 or sampling.top_k > 0
+        truncated = sampling.truncates
         sample_from = getattr(callback, "sample_from", "policy")
         if module.kl_coef and module.kl_in == "reward" and (truncated or sample_from != "policy"):
             raise InputError(
                 f"`kl_in`=reward compares the policy that samples with the reference, and RolloutGeneration's "
-                f"`sample_from`={sample_from}, `top_p`={sampling.top_p} and `top_k`={sampling.top_k} sample from "
+                f"`sample_from`={sample_from}, {_cuts(sampling)} sample from "
                 "something else; sample from the whole policy, or use `kl_in: loss`."
             )
         weighted = module.objective.is_importance_weighted
@@ -85,7 +85,11 @@ def check_sampling(module: Any, callbacks: Iterable[Any]) -> None:
         if truncated and (from_sampler or weighted):
             other = "with another objective, sample" if weighted else "sample"
             raise InputError(
-                f"`top_p`={sampling.top_p} and `top_k`={sampling.top_k} of RolloutGeneration's `sampling` cut "
+                f"{_cuts(sampling)} of RolloutGeneration's `sampling` cut "
                 "tokens off: the sampler's log-probabilities are not the policy's, and their ratio is biased; "
-                f"use top_p 1 and top_k 0, or {other} from the policy with `recompute_old_log_probs: true`."
+                f"use top_p 1, top_k 0, min_p 0, or {other} from the policy with `recompute_old_log_probs: true`."
             )
+
+
+def _cuts(sampling: Any) -> str:
+    return f"`top_p`={sampling.top_p}, `top_k`={sampling.top_k} and `min_p`={sampling.min_p}"

@@ -124,8 +124,7 @@ class SPPOModule(ActorCritic):
                 self.accumulate(total(policy_loss, self.kl_coef, kl_loss, value_loss, replay_loss), micro.last)
                 losses = {"policy/loss": policy_loss, "critic/loss": value_loss, "policy/kl": kl_loss}
                 losses["critic/replay_loss"] = replay_loss
-                on_policy = rollouts.policy_version == self.trainer.global_step
-                count_micro_batch(meter, micro, losses, stats, log_probs, entropy, on_policy)
+                count_micro_batch(meter, micro, losses, stats, log_probs, entropy, self.on_policy(rollouts))
             for name, norm in self.step_optimizer(self.moving_modules()).items():
                 meter.add(f"{name}/grad_norm", norm)
         self.report(meter, experience, self.remember(outcomes, experience))
@@ -226,10 +225,13 @@ class SPPOModule(ActorCritic):
         if self.objective.needs_reference:
             assert self.reference is not None
             return [frozen(self.reference, update) for update in updates]
-        on_policy = updates[0].rollouts.policy_version == self.trainer.global_step
-        if not (self.recompute_old_log_probs and on_policy):
+        if not (self.recompute_old_log_probs and self.on_policy(updates[0].rollouts)):
             return [update.rollouts.sampled_log_probs for update in updates]
         return [None, *(frozen(self.policy, update) for update in updates[1:])]
+
+    def on_policy(self, rollouts: Rollouts) -> bool:
+        """Whether the weights are still those that sampled every response."""
+        return bool((rollouts.policy_versions == self.trainer.global_step).all())
 
     @torch.no_grad()
     def frozen_log_probs(self, policy: CausalLMPolicy, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.batching import micro_batches
-from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy
@@ -78,7 +78,7 @@ class SFTModule(PolicyModule):
             ["stop"] * len(responses),
             policy=self.policy,
             temperature=1.0,
-            version=self.trainer.global_step,
+            versions=[self.trainer.global_step] * len(batch),
         )
 
     def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:

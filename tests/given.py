@@ -4,7 +4,7 @@ import torch
 from tiny import make_policy
 
 from sppo_lightning.batch import Prompt, PromptBatch
-from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.experience import Outcomes
 
 
@@ -23,7 +23,7 @@ def outcomes(rows: list[tuple[int, float | None, float]], dataset: str = "sums")
         ["stop" for _ in many],
         policy=policy,
         temperature=1.0,
-        version=0,
+        versions=[0 for _ in many],
     )
     return Outcomes(
         rollouts,

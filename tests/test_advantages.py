@@ -45,7 +45,7 @@ def outcomes(
         responses=["x"] * rows,
         finish_reasons=["stop"] * rows,
         temperature=1.0,
-        policy_version=0,
+        policy_versions=torch.zeros(rows, dtype=torch.long),
     )
     return Outcomes(
         rollouts,

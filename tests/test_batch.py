@@ -24,7 +24,7 @@ def rollouts() -> Rollouts:
         responses=["x y", "", "z z z"],
         finish_reasons=["stop", "stop", "length"],
         temperature=0.6,
-        policy_version=4,
+        policy_versions=torch.tensor([4, 4, 5]),
     )
 
 
@@ -88,7 +88,7 @@ def test_rows_picks_from_every_field_and_changes_nothing():
     assert picked.sampled_log_probs[1].tolist() == [-1.0, -2.0, 0.0]
     assert picked.responses == ["z z z", "x y", "z z z"]
     assert picked.finish_reasons == ["length", "stop", "length"]
-    assert (picked.temperature, picked.policy_version) == (0.6, 4)
+    assert (picked.temperature, picked.policy_versions.tolist()) == (0.6, [5, 4, 5])
     assert picked.scores["form"].values.tolist() == [3.0, 1.0, 3.0]
     assert picked.scores["form"].baseline == 1.5
     assert picked.rewards.isnan().tolist() == [True, False, True]
@@ -118,7 +118,7 @@ def one_more(**changes: Any) -> Rollouts:
         "responses": ["w"],
         "finish_reasons": ["stop"],
         "temperature": 0.6,
-        "policy_version": 4,
+        "policy_versions": torch.tensor([7]),
     }
     return Rollouts(**fields | changes)
 
@@ -141,7 +141,7 @@ def test_concat_pads_prompts_on_the_left_and_responses_on_the_right():
     assert joined.sampled_log_probs.tolist() == [[-1, -2, 0], [0, 0, 0], [-3, -4, -5], [-0.5, 0, 0]]
     assert joined.responses == ["x y", "", "z z z", "w"]
     assert joined.finish_reasons == ["stop", "stop", "length", "stop"]
-    assert (joined.temperature, joined.policy_version) == (0.6, 4)
+    assert (joined.temperature, joined.policy_versions.tolist()) == (0.6, [4, 4, 5, 7])
     assert joined.rewards[[0, 1, 3]].tolist() == [1.0, 0.0, 0.5]
     assert joined.rewards[2].isnan()
     assert joined.shaping.tolist() == [-0.25, 0.25, 0.75, 2.75]
@@ -166,7 +166,6 @@ def test_concat_with_no_rows_on_one_side_or_both():
     ("changes", "words"),
     [
         ({"temperature": 1.0}, r"differ in temperature cannot be joined: \[0.6, 1.0\]"),
-        ({"policy_version": 5}, r"differ in policy_version cannot be joined: \[4, 5\]"),
         ({"scores": {}}, "differ in verifiers"),
         ({"scores": {"exact": Scores(torch.tensor([1.0]), 2.0, "outcome")}}, "differ in weight of 'exact'"),
         ({"scores": {"exact": Scores(torch.tensor([1.0]), 1.0, "shaping")}}, "differ in role of 'exact'"),

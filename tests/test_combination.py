@@ -113,17 +113,20 @@ def test_a_greedy_baseline_without_greedy_responses():
 def test_importance_weights_of_a_truncated_distribution(generation: RolloutGeneration, settings: dict[str, Any]):
     other = "with another objective, sample" if "objective" in settings else "sample"
     assert refused_at_setup(generation, **settings) == (
-        f"`top_p`={generation.sampling.top_p} and `top_k`={generation.sampling.top_k} of RolloutGeneration's "
+        f"`top_p`={generation.sampling.top_p}, `top_k`={generation.sampling.top_k} and `min_p`=0.0 of RolloutGeneration's "
         "`sampling` cut tokens off: the sampler's log-probabilities are not the policy's, and their ratio is biased; "
-        f"use top_p 1 and top_k 0, or {other} from the policy with `recompute_old_log_probs: true`."
+        f"use top_p 1, top_k 0, min_p 0, or {other} from the policy with `recompute_old_log_probs: true`."
     )
 
 
 @pytest.mark.parametrize(
     ("generation", "sampled"),
     [
-        (RolloutGeneration(Sampling(top_p=0.9)), "`sample_from`=policy, `top_p`=0.9 and `top_k`=0"),
-        (RolloutGeneration(sample_from="reference"), "`sample_from`=reference, `top_p`=1.0 and `top_k`=0"),
+        (RolloutGeneration(Sampling(top_p=0.9)), "`sample_from`=policy, `top_p`=0.9, `top_k`=0 and `min_p`=0.0"),
+        (
+            RolloutGeneration(sample_from="reference"),
+            "`sample_from`=reference, `top_p`=1.0, `top_k`=0 and `min_p`=0.0",
+        ),
     ],
 )
 def test_a_penalty_in_the_reward_that_would_be_of_another_policy(generation: RolloutGeneration, sampled: str):

@@ -33,7 +33,7 @@ def scored(*rows: tuple[str, float], responses: list[str] | None = None) -> Roll
         responses=responses or ["x"] * n,
         finish_reasons=["stop"] * n,
         temperature=1.0,
-        policy_version=0,
+        policy_versions=torch.zeros(n, dtype=torch.long),
     )
     made.scores["table"] = Scores(torch.tensor([reward for _, reward in rows]), 1.0, "outcome")
     return made

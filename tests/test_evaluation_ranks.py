@@ -41,7 +41,7 @@ def rollouts_of(table: list, rows: list[int]) -> Rollouts:
         responses=[rf"\boxed{{{answer}}}" if answer else "no idea" for answer, _ in told],
         finish_reasons=["stop"] * n,
         temperature=1.0,
-        policy_version=0,
+        policy_versions=torch.zeros(2 * len(rows), dtype=torch.long),
     )
     made.scores["table"] = Scores(torch.tensor([reward for _, reward in told]), 1.0, "outcome")
     return made

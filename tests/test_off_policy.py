@@ -91,4 +91,6 @@ def test_the_reference_follows(mix: float):
     assert any(not torch.equal(policy_then[name], start[name]) for name in start)
     assert list(versions) == ([0, 0, 2, 2] if mix == 1 else [0, 0, -1, -1])
     # the sampler is the reference: its version stands on the rollouts
-    assert [batch.rollouts.policy_version for _, _, batch, _ in module.before] == list(versions)
+    assert [batch.rollouts.policy_versions.tolist() for _, _, batch, _ in module.before] == [
+        [v] * 4 for v in versions
+    ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import Verifier
-from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.models import CausalLMPolicy, LoRA, PromptCritic, TinyPolicy, TokenCritic
 from sppo_lightning.models.tiny import word_tokenizer
 from sppo_lightning.optim import GroupOptimizer
@@ -182,7 +182,7 @@ class Recites(Stage):
                 ["stop" if text.endswith("<eos>") else "length" for text in texts],
                 policy=policy,
                 temperature=self.temperature,
-                version=trainer.global_step,
+                versions=[trainer.global_step] * len(ids),
             )
 
 

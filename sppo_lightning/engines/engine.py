@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from sppo_lightning.batch import FinishReason, PromptBatch, Rollouts
+from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.engines.sampling import Sampling
 from sppo_lightning.models import CausalLMPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One finished response."""
+
+    prompt_index: int  # row of its prompt in the batch
+    sample: int  # which of the prompt's responses, from 0
+    token_ids: list[int]  # T, the end-of-sequence token included
+    log_probs: list[float]  # T, nats, of the distribution that was sampled from
+    finish_reason: FinishReason
+    policy_version: int  # of the weights that sampled it
 
 
 class Engine(ABC):
@@ -16,61 +29,42 @@ class Engine(ABC):
 
     An engine returns token ids, the log-probabilities of the distribution that it sampled from and its own
     `finish_reason`; the same prompt, visit and seed give the same response whatever else is in the batch.
+    A subclass writes `update_weights` and `stream`; `policy` and `version` are what the former was given.
     """
+
+    policy: CausalLMPolicy | None = None
+    version: int = 0
 
     @abstractmethod
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
         """Sample from these weights from now on; `version` is written into the rollouts."""
 
     @abstractmethod
+    def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
+        """Sample `sampling.samples_per_prompt` responses per prompt; each is yielded when it has finished.
+
+        The iterator is read to its end; nothing else is asked of the engine meanwhile.
+        """
+
     def generate(self, batch: PromptBatch, sampling: Sampling) -> Rollouts:
-        """Sample `sampling.samples_per_prompt` responses per prompt, prompt by prompt, in the batch's order."""
+        """All responses of `stream`, prompt by prompt, in the batch's order."""
+        return self.collect(batch, sampling, self.stream(batch, sampling))
 
+    def collect(self, batch: PromptBatch, sampling: Sampling, responses: Iterator[Response]) -> Rollouts:
+        """Responses in any order as rollouts, prompt by prompt, in the batch's order."""
+        assert self.policy is not None
+        ordered = sorted(responses, key=lambda response: (response.prompt_index, response.sample))
+        return pack_rollouts(
+            batch,
+            [response.prompt_index for response in ordered],
+            [response.token_ids for response in ordered],
+            [response.log_probs for response in ordered],
+            [response.finish_reason for response in ordered],
+            policy=self.policy,
+            temperature=sampling.temperature or 1.0,  # a greedy response is scored at temperature 1
+            versions=[response.policy_version for response in ordered],
+        )
 
-def pack_rollouts(
-    batch: PromptBatch,
-    prompt_index: list[int],
-    responses: list[list[int]],
-    log_probs: list[list[float]],
-    finish_reasons: list[FinishReason],
-    *,
-    policy: CausalLMPolicy,
-    temperature: float,
-    version: int,
-) -> Rollouts:
-    """Rollouts from ragged lists: `N` rows of response ids and log-probabilities, on the policy's device."""
-    tokenizer = policy.tokenizer
-    prompts = [batch.token_ids[i] for i in prompt_index]
-    pad = tokenizer.pad_token_id
-    prompt_ids, prompt_mask = _padded(prompts, pad, left=True)
-    response_ids, response_mask = _padded(responses, pad, left=False)
-    sampled = torch.zeros_like(response_mask)
-    for row, values in enumerate(log_probs):
-        sampled[row, : len(values)] = torch.tensor(values)
-    device = policy.device
-    return Rollouts(
-        prompts=[batch.prompts[i] for i in prompt_index],
-        prompt_index=torch.tensor(prompt_index, dtype=torch.long, device=device),
-        prompt_ids=prompt_ids.to(device),
-        prompt_mask=prompt_mask.to(device),
-        response_ids=response_ids.to(device),
-        response_mask=response_mask.to(device),
-        sampled_log_probs=sampled.to(device),
-        responses=tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else [],
-        finish_reasons=finish_reasons,
-        temperature=temperature,
-        policy_version=version,
-    )
-
-
-def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, `[rows, longest]`, padded on the left or on the right."""
-    width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    # Lightning's `bf16-true` makes bfloat16 the default, in which a sum of ones ends at 256
-    mask = torch.zeros(len(rows), width, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
-    for i, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, span] = torch.tensor(row, dtype=torch.long)
-        mask[i, span] = 1.0
-    return ids, mask
+    def close(self) -> None:
+        """Give back processes, connections and memory; the engine is not used afterwards."""
+        return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sppo_lightning.batch import FinishReason, PromptBatch, Rollouts
-from sppo_lightning.engines.engine import Engine, pack_rollouts
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
@@ -45,50 +46,33 @@ class HFEngine(Engine):
             raise InputError(f"`max_rows`={max_rows} of HFEngine leaves nothing to decode; use 1 or more.")
         self.max_rows = max_rows
         self.compact_below = compact_below
-        self.policy: CausalLMPolicy | None = None
-        self.version = 0
 
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
         """Keep a reference to the policy: the engine samples from the very weights that are trained."""
         self.policy, self.version = policy, version
 
     @torch.no_grad()
-    def generate(self, batch: PromptBatch, sampling: Sampling) -> Rollouts:
-        """Sample responses; see `Engine.generate`."""
+    def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
+        """Sample responses; see `Engine.stream`."""
         if self.policy is None:
-            raise RuntimeError("HFEngine.generate was called before update_weights.")
+            raise RuntimeError("HFEngine.stream was called before update_weights.")
         samples = sampling.samples_per_prompt
-        responses: list[list[int]] = [[] for _ in range(len(batch) * samples)]
-        log_probs: list[list[float]] = [[] for _ in responses]
-        reasons: list[FinishReason] = ["length"] * len(responses)
         by_length = sorted(range(len(batch)), key=lambda i: len(batch.token_ids[i]))
         prompts_per_wave = max(1, self.max_rows // samples)
         for start in range(0, len(by_length), prompts_per_wave):
             chosen = by_length[start : start + prompts_per_wave]
             wave = self._decode(batch, chosen, sampling)
-            index = [i * samples + s for i in chosen for s in range(samples)]
-            self._collect(wave, index, responses, log_probs, reasons)
-        return pack_rollouts(
-            batch,
-            [i for i in range(len(batch)) for _ in range(samples)],
-            responses,
-            log_probs,
-            reasons,
-            policy=self.policy,
-            temperature=sampling.temperature or 1.0,  # a greedy response is scored at temperature 1
-            version=self.version,
-        )
+            yield from self._finished(wave, [(i, s) for i in chosen for s in range(samples)])
 
-    def _collect(self, wave, index, responses, log_probs, reasons) -> None:
-        """Cut each row of `wave` after its end-of-sequence token and file it under its place in `index`."""
+    def _finished(self, wave: _Wave, places: list[tuple[int, int]]) -> Iterator[Response]:
+        """Each row of `wave`, cut after its end-of-sequence token; `places` are prompt and sample of the rows."""
         assert self.policy is not None
         ends = torch.isin(wave.tokens, torch.tensor(self.policy.eos_token_ids, device=wave.tokens.device))
         tokens, values, stops = wave.tokens.tolist(), wave.log_probs.tolist(), ends.any(1).tolist()
         lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1]).tolist()
-        for row, place in enumerate(index):
-            responses[place] = tokens[row][: lengths[row]]
-            log_probs[place] = values[row][: lengths[row]]
-            reasons[place] = "stop" if stops[row] else "length"
+        for row, (prompt, sample) in enumerate(places):
+            ids, log_probs = tokens[row][: lengths[row]], values[row][: lengths[row]]
+            yield Response(prompt, sample, ids, log_probs, "stop" if stops[row] else "length", self.version)
 
     def _decode(self, batch: PromptBatch, chosen: list[int], sampling: Sampling) -> _Wave:
         """Decode all samples of the prompts `chosen`, until every row has stopped or reached the limit."""

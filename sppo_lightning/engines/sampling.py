@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ class Sampling:
         samples_per_prompt: Responses per prompt (N).
         top_p: Keep the most likely tokens up to this probability mass; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
+        min_p: Keep the tokens at least this share as likely as the most likely one; 0 keeps all.
+        stop: Strings that end a response, besides the end-of-sequence tokens; the token that completes one is
+            the response's last.
     """
 
     temperature: float = 1.0
@@ -31,6 +35,8 @@ class Sampling:
     samples_per_prompt: int = 1
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = [
@@ -39,15 +45,28 @@ class Sampling:
             ("samples_per_prompt", self.samples_per_prompt, self.samples_per_prompt >= 1, "1 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (keep all) or more"),
+            ("min_p", self.min_p, 0 <= self.min_p < 1, "0 (keep all) or more, and below 1"),
+            ("stop", self.stop, all(self.stop), "strings that are not empty"),
         ]
         for name, value, good, allowed in checks:
             if not good:
                 raise InputError(f"`{name}`={value} of the sampling settings cannot be used; it must be {allowed}.")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are cut off, so that what is sampled from is not the policy's own distribution."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
 
 def run_seed() -> int:
     """The run's seed, as `seed_everything` leaves it in the environment; 0 when nothing was seeded."""
     return int(os.environ.get("PL_GLOBAL_SEED") or 0)
+
+
+def request_seed(seed: int, prompt: Prompt, visit: int, sample: int) -> int:
+    """128 bits that depend on the arguments and nothing else: the seed of one response."""
+    key = f"{seed}|{prompt.dataset}|{prompt.row}|{visit}|{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
 
 
 def token_noise(seed: int, prompt: Prompt, visit: int, sample: int, tokens: int) -> np.ndarray:
@@ -56,21 +75,23 @@ def token_noise(seed: int, prompt: Prompt, visit: int, sample: int, tokens: int)
     One number decides one token, so a response is the same whoever else is in the batch and on whatever rank
     it is sampled.
     """
-    key = f"{seed}|{prompt.dataset}|{prompt.row}|{visit}|{sample}".encode()
-    digest = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=digest)).random(tokens, dtype=np.float32)
+    bits = np.random.Philox(key=request_seed(seed, prompt, visit, sample))
+    return np.random.Generator(bits).random(tokens, dtype=np.float32)
 
 
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits `[n, V]` with the tokens outside top-k and top-p (nucleus) at minus infinity."""
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits `[n, V]` with the tokens outside top-k, then min-p, then top-p (nucleus), at minus infinity."""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if top_p < 1.0:
+    if sampling.min_p > 0:
+        floor = logits.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if sampling.top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
         # a token goes when the mass before it reaches top_p already, so the most likely one always stays
-        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 
@@ -91,7 +112,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
         log_probs = logits.log_softmax(dim=-1)
         tokens = logits.argmax(dim=-1)
     else:
-        log_probs = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(dim=-1)
+        log_probs = truncate(logits / sampling.temperature, sampling).log_softmax(dim=-1)
         cumulative = log_probs.exp().cumsum(dim=-1)
         # scaled by the sum as rounded, and strictly below it, so no token of probability zero is ever drawn
         target = uniforms.clamp(max=1 - 1e-6) * cumulative[:, -1]

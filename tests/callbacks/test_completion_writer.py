@@ -36,7 +36,7 @@ class Recites(Stage):
             responses=[prompt.text[:3] for prompt in batch.prompts],
             finish_reasons=["length" if len(prompt.text) > 3 else "stop" for prompt in batch.prompts],
             temperature=1.0,
-            policy_version=0,
+            policy_versions=torch.zeros(n, dtype=torch.long),
         )
 
 

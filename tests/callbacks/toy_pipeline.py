@@ -25,7 +25,7 @@ def rollouts_of(responses: list[str], gold: str = "5") -> Rollouts:
         responses=responses,
         finish_reasons=["stop"] * n,
         temperature=1.0,
-        policy_version=0,
+        policy_versions=torch.zeros(n, dtype=torch.long),
     )
 
 

@@ -48,6 +48,10 @@ def test_the_noise_is_uniform():
         ({"top_p": 0.85}, [0, 3, 5]),  # 0.8003 + 0.1111
         ({"top_p": 1.0}, [0, 1, 2, 3, 4, 5]),
         ({"top_k": 2, "top_p": 0.6}, [3]),  # of the two that are left, the first has 0.62
+        ({"min_p": 0.5}, [0, 3]),  # e^-0.5 = 0.61 and e^-1.5 = 0.22 of the first
+        ({"min_p": 0.2}, [0, 3, 5]),
+        ({"min_p": 0.7}, [3]),
+        ({"min_p": 0.2, "top_p": 0.8}, [0, 3]),  # of the three that are left, the two have 0.88
     ],
 )
 def test_top_k_and_top_p(settings: dict[str, Any], kept: list[int]):
@@ -62,7 +66,7 @@ def test_extreme_noise_never_draws_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     uniforms = torch.tensor([0.0, 1 - 2**-24, 0.5])
     assert choose(logits, uniforms, Sampling())[0].tolist() == [1, 3, 1]
-    kept = truncate(torch.tensor([[1.0, 0.0, -1.0]]), 2, 1.0)
+    kept = truncate(torch.tensor([[1.0, 0.0, -1.0]]), Sampling(top_k=2))
     assert kept.tolist() == [[1.0, 0.0, -math.inf]]
 
 
@@ -83,6 +87,14 @@ def test_extreme_noise_never_draws_an_impossible_token():
         ),
         ({"top_p": 0.0}, "`top_p`=0.0 of the sampling settings cannot be used; it must be above 0 and at most 1."),
         ({"top_p": 1.1}, "`top_p`=1.1 of the sampling settings cannot be used; it must be above 0 and at most 1."),
+        (
+            {"min_p": 1.0},
+            "`min_p`=1.0 of the sampling settings cannot be used; it must be 0 (keep all) or more, and below 1.",
+        ),
+        (
+            {"stop": (";", "")},
+            "`stop`=(';', '') of the sampling settings cannot be used; it must be strings that are not empty.",
+        ),
         ({"top_k": -1}, "`top_k`=-1 of the sampling settings cannot be used; it must be 0 (keep all) or more."),
     ],
 )

@@ -9,7 +9,7 @@ from tiny import FAMILIES, WORDS, FamilyPolicy, family_config, make_batch, make_
 
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.engines import HFEngine, Sampling
-from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.models.tiny import word_tokenizer
@@ -27,7 +27,7 @@ def rollouts_of(policy: Any, temperature: float) -> Rollouts:
         ["stop"] * len(PAIRS),
         policy=policy,
         temperature=temperature,
-        version=0,
+        versions=[0] * len(PAIRS),
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_batch, make_critic, make_policy, make_token_critic
 
-from sppo_lightning.engines.engine import pack_rollouts
+from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CharacterCritic
 
@@ -17,7 +17,7 @@ def rollouts(policy):
     zeros = [[0.0] * len(row) for row in ids]
     batch = make_batch(policy, PROMPTS)
     reasons = ["stop", "length", "stop"]
-    return pack_rollouts(batch, [0, 1, 2], ids, zeros, reasons, policy=policy, temperature=1.0, version=0)
+    return pack_rollouts(batch, [0, 1, 2], ids, zeros, reasons, policy=policy, temperature=1.0, versions=[0] * 3)
 
 
 def test_each_value_is_from_before_its_token():
