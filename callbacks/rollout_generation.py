@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.batch import PromptBatch
-from sppo_lightning.engines import Engine, HFEngine, Sampling
+from sppo_lightning.engines import Engine, HFEngine, ProcessEngine, Sampling
+from sppo_lightning.engines.engine import collect
+from sppo_lightning.errors import InputError
 from sppo_lightning.pipeline import Stage
+from sppo_lightning.sampling_ahead import Sampled, SamplingAhead
+from sppo_lightning.torch_settings import TorchSettings
 
 
 class RolloutGeneration(Stage):
     """Samples responses with an engine and puts them on the batch as `batch.rollouts`.
+
+    With `prefetch`, responses to the next batch are sampled while this one is learned from: by the weights from
+    before its updates, so that they are always one iteration old (`rollout/staleness_updates`). The module
+    corrects for it by truncated importance weights.
 
     Args:
         sampling: How training responses are sampled.
@@ -24,6 +36,8 @@ class RolloutGeneration(Stage):
         sample_from: Whose weights sample the training responses: the `policy`, or the `reference`, which
             ReferenceRefresh lets follow it at a distance. The ratio is then taken against the sampler.
         engine: What samples; the transformers model in the trainer's process by default.
+        prefetch: Batches that are sampled ahead, 0 or 1: 0 is exactly on-policy. An engine that samples in the
+            trainer's process does it in a process of its own, with half of the machine's cores.
     """
 
     provides = frozenset({"rollouts"})
@@ -37,55 +51,136 @@ class RolloutGeneration(Stage):
         validation_greedy: bool = False,
         sample_from: Literal["policy", "reference"] = "policy",
         engine: Engine | None = None,
+        prefetch: int = 0,
     ) -> None:
+        if prefetch not in (0, 1):
+            raise InputError(
+                f"`RolloutGeneration.prefetch`={prefetch} would let responses grow older than one iteration; use "
+                "1, or 0 to sample from the present weights."
+            )
         self.sampling = sampling
         self.validation = validation or sampling
         self.greedy = greedy
         self.validation_greedy = validation_greedy
         self.sample_from = sample_from
         self.engine = engine or HFEngine()
-        self._tokens = 0.0  # sampled for the batch at hand
+        self.prefetch = prefetch
+        self._ahead = SamplingAhead() if prefetch else None
+        self._elsewhere: Engine | None = None  # what samples ahead
+        self.begin()
 
     @property
     def needs_reference(self) -> bool:
         """Whether the reference must be loaded."""
         return self.sample_from == "reference"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Share the machine's cores with the process that samples ahead."""
+        super().setup(trainer, pl_module, stage)
+        if not self.prefetch or stage != "fit" or self._elsewhere is not None:
+            return
+        if self.engine.samples_elsewhere:
+            self._elsewhere = self.engine
+            return
+        cores = max(1, len(os.sched_getaffinity(0)) // trainer.world_size)
+        ours = min(torch.get_num_threads(), max(1, cores - cores // 2))
+        self._elsewhere = ProcessEngine(self.engine, threads=max(1, cores // 2))
+        if trainer.strategy.root_device.type == "cpu":
+            torch.set_num_threads(ours)
+            rank_zero_info(f"CPU threads: {ours} to learn, {max(1, cores // 2)} to sample ahead")
+
     def begin(self) -> None:
-        """Count the tokens of a new batch."""
-        self._tokens = 0.0
+        """Count the tokens and the seconds of a new batch."""
+        self._tokens, self._seconds = 0.0, 0.0
+        self._ages: list[torch.Tensor] = []  # updates since each response's weights
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Set `batch.rollouts`, and `batch.greedy_rollouts` where asked for, while the critic reads the prompts."""
-        sampling = self.sampling if trainer.training else self.validation
+        training = bool(trainer.training)
+        sampling = self.sampling if training else self.validation
         with trainer.precision_plugin.forward_context(), module.foreseeing(batch):  # type: ignore[operator]
-            if trainer.training and self.sample_from == "reference":
-                self.engine.update_weights(module.reference, module.reference_version)  # type: ignore[arg-type]
-            else:
-                self.engine.update_weights(module.policy, trainer.global_step)  # type: ignore[arg-type]
-            batch.rollouts = self.engine.generate(batch, sampling)
-            if self.greedy if trainer.training else self.validation_greedy:
-                once = dataclasses.replace(sampling, temperature=0.0, samples_per_prompt=1)
-                batch.greedy_rollouts = self.engine.generate(batch, once)
+            sampled = self._ahead.take(batch) if self._ahead and training else None
+            if self._ahead and training and batch.upcoming is not None:
+                assert self._elsewhere is not None
+                sample = self._sampler(self._elsewhere, trainer, module)
+                self._ahead.start(batch.upcoming, sample, TorchSettings.here(module.device))
+            if sampled is None:
+                if self._ahead is not None and self._elsewhere is self.engine:
+                    self._ahead.wait()  # before it is given other weights
+                sampled = self._sampler(self.engine, trainer, module)(batch)
+            batch.rollouts = collect(sampled.responses, batch, sampling, module.policy)  # type: ignore[arg-type]
+            if sampled.greedy is not None:
+                batch.greedy_rollouts = collect(sampled.greedy, batch, _greedy(sampling), module.policy)  # type: ignore[arg-type]
+        self._seconds += sampled.seconds
+        self._ages.append(trainer.global_step - batch.rollouts.policy_versions)
         for rollouts in (batch.rollouts, batch.greedy_rollouts):
             self._tokens += 0.0 if rollouts is None else float(rollouts.response_mask.sum())
+
+    def _sampler(self, engine: Engine, trainer: Trainer, module: Any) -> Callable[[PromptBatch], Sampled]:
+        """Give the engine the present weights; a function that samples a batch from them."""
+        if trainer.training and self.sample_from == "reference":
+            engine.update_weights(module.reference, module.reference_version)
+        else:
+            engine.update_weights(module.policy, trainer.global_step)
+        sampling = self.sampling if trainer.training else self.validation
+        greedy = self.greedy if trainer.training else self.validation_greedy
+
+        def sample(batch: PromptBatch) -> Sampled:
+            start = time.perf_counter()
+            responses = list(engine.stream(batch, sampling))
+            once = list(engine.stream(batch, _greedy(sampling))) if greedy else None
+            return Sampled(responses, once, time.perf_counter() - start)
+
+        return sample
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """Log lengths, truncation and speed of this iteration's responses, on all ranks."""
+        """Log lengths, truncation, age and speed of this iteration's responses, on all ranks."""
         rollouts = batch.rollouts
         if rollouts is None:  # supervised learning samples nothing
             return
-        seconds: float = pl_module.last_phase_seconds["rollout"]  # type: ignore
         # the speed counts all that was sampled: greedy responses, and those that were replaced
+        ages = torch.cat(self._ages)
         row = [float(rollouts.response_mask.sum()), rollouts.finish_reasons.count("length"), len(rollouts)]
-        sums = torch.tensor([*row, self._tokens / max(seconds, 1e-9)], device=pl_module.device)
-        tokens, truncated, count, speed = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        pl_module.log_dict(
-            {
-                "rollout/response_tokens_mean": tokens / max(count, 1),
-                "rollout/truncated_fraction": truncated / max(count, 1),
-                "rollout/tokens_per_second": speed,
-            }
-        )
+        row += [self._tokens / max(self._seconds, 1e-9), self._seconds, float(ages.sum()), len(ages)]
+        sums = trainer.strategy.reduce(torch.tensor(row, device=pl_module.device), reduce_op="sum")
+        tokens, truncated, count, speed, seconds, age, sampled = sums.tolist()
+        metrics = {
+            "rollout/response_tokens_mean": tokens / max(count, 1),
+            "rollout/truncated_fraction": truncated / max(count, 1),
+            "rollout/tokens_per_second": speed,
+            "rollout/seconds": seconds / trainer.world_size,  # of sampling, whoever waited for it
+        }
+        if self.prefetch:
+            metrics["rollout/staleness_updates"] = age / max(sampled, 1)
+        pl_module.log_dict(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was sampled ahead, on all ranks."""
+        return {} if self._ahead is None else self._ahead.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what had been sampled when the checkpoint was saved."""
+        if self._ahead is not None and state_dict:
+            self._ahead.load_state_dict(state_dict)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the process that samples ahead, and the engine."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same; Lightning skips `teardown` after an exception."""
+        self._close()
+
+    def _close(self) -> None:
+        for engine in (self._elsewhere, self.engine):
+            if engine is not None:
+                engine.close()
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+def _greedy(sampling: Sampling) -> Sampling:
+    """One response per prompt, its most likely tokens."""
+    return dataclasses.replace(sampling, temperature=0.0, samples_per_prompt=1)

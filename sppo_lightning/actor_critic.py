@@ -20,6 +20,7 @@ from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import ValueLoss
 from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
 from sppo_lightning.replay import CriticReplay
+from sppo_lightning.torch_settings import TorchSettings
 from sppo_lightning.warmup import CriticWarmup
 
 
@@ -136,14 +137,13 @@ class ActorCritic(PolicyModule):
         if self.critic is None or self.critic.reads != "prompt" or self._critic_is_sharded or not len(batch):
             yield
             return
-        kind = self.device.type
-        precision = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        settings = TorchSettings.here(self.device)
 
         def ask() -> Tensor:
-            with precision:
+            with settings.precision():
                 return self.value_logits(batch)
 
-        with ThreadPoolExecutor(1, initializer=_like, initargs=(torch.get_num_threads(), self.device)) as thread:
+        with ThreadPoolExecutor(1, initializer=settings.adopt) as thread:
             answer = thread.submit(ask)
             yield
         batch.value_logits = answer.result()
@@ -203,10 +203,3 @@ class ActorCritic(PolicyModule):
         for name in self.with_state:
             if getattr(self, name) is not None and name in checkpoint:
                 getattr(self, name).load_state_dict(checkpoint[name])
-
-
-def _like(threads: int, device: torch.device) -> None:
-    """Give a new thread the settings that torch keeps for each."""
-    torch.set_num_threads(threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)

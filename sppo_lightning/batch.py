@@ -200,9 +200,16 @@ class PromptBatch:
         self.rollouts: Rollouts | None = None  # set by RolloutGeneration
         self.value_logits: Tensor | None = None  # [B], `v` of a critic that reads prompts, where asked ahead
         self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
+        self.upcoming: PromptBatch | None = None  # the batch that follows, where a loader knows it
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def keys(self) -> list[tuple[str, int, int]]:
+        """What tells each prompt's responses from all others of the run: data set, row and visit."""
+        pairs = zip(self.prompts, self.visits, strict=True)
+        return [(prompt.dataset, prompt.row, visit) for prompt, visit in pairs]
 
     def to(self, *_: Any, **__: Any) -> Self:
         """The batch itself: it holds text, and the engine puts its tensors on the right device."""

@@ -27,9 +27,13 @@ class Meter:
         self.add(name, value / share, share)
 
     def means(self, strategy: Any) -> dict[str, Tensor]:
-        """The weighted means over all ranks, which must have met the same names in the same order."""
+        """The weighted means over all ranks, which must have met the same names in the same order.
+
+        A name that nothing was counted for is left out.
+        """
         if not self.totals:
             return {}
         table = torch.stack([torch.stack(list(self.totals.values())), torch.stack(list(self.weights.values()))])
         totals, weights = strategy.reduce(table, reduce_op="sum")
-        return {name: (totals[i] / weights[i].clamp(min=1e-12)).float() for i, name in enumerate(self.totals)}
+        counted = (weights > 0).tolist()
+        return {name: (totals[i] / weights[i]).float() for i, name in enumerate(self.totals) if counted[i]}

@@ -20,6 +20,7 @@ from sppo_lightning.functional import KLEstimator
 from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import BinaryCrossEntropy, Objective, TokenClipObjective, ValueLoss
+from sppo_lightning.off_policy import TruncatedImportance, compares_with_sampler, corrected
 from sppo_lightning.optim import GroupOptimizer, Schedule
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.step_metrics import count_micro_batch, iteration_metrics
@@ -39,6 +40,7 @@ class SPPOModule(ActorCritic):
         critic_objective: The critic's loss; SPPO's binary cross-entropy by default.
         critic_warmup: Lets the critic learn before the policy moves.
         critic_replay: Shows the critic prompts and outcomes of earlier iterations again.
+        importance: Corrects for the age of responses that were sampled ahead.
         policy_optimizer: Learning rate and its warm-up, weight decay and gradient clip of the policy.
         critic_optimizer: The same of the critic.
         lr_schedule: How learning rates go on after their warm-up, in updates.
@@ -50,7 +52,7 @@ class SPPOModule(ActorCritic):
             critic's target is the verifiers' reward either way.
         recompute_old_log_probs: Take the ratio's denominator from the trainer's own forward; if false, from the
             sampler, which saves a forward where both agree (`sampler/logprob_gap` says how well). Responses of
-            another policy than the present one are always compared with what their sampler said.
+            the reference are always compared with what their sampler said.
     """
 
     needs_in_fit = frozenset({"rollouts", "scores"})
@@ -65,6 +67,7 @@ class SPPOModule(ActorCritic):
         critic_objective: ValueLoss | None = None,
         critic_warmup: CriticWarmup | None = None,
         critic_replay: CriticReplay | None = None,
+        importance: TruncatedImportance | None = None,
         policy_optimizer: GroupOptimizer = GroupOptimizer(),  # noqa: B008 (frozen)
         critic_optimizer: GroupOptimizer = GroupOptimizer(lr=5e-6),  # noqa: B008 (frozen)
         lr_schedule: Schedule = "constant",
@@ -88,6 +91,7 @@ class SPPOModule(ActorCritic):
         )
         self.advantage = advantage or SequenceAdvantage()
         self.objective = objective or TokenClipObjective()
+        self.importance = importance or TruncatedImportance()
         self.mini_batch_size = mini_batch_size
         self.kl_coef = kl_coef
         self.kl_estimator = kl_estimator
@@ -114,9 +118,11 @@ class SPPOModule(ActorCritic):
             for micro in self.micro_batches(update, replayed):
                 log_probs, entropy = self.policy(micro.policy.rollouts)
                 old = log_probs.detach() if old_log_probs is None else old_log_probs[micro.index]
-                # r_t = π(y_t|…) / π_old(y_t|…), clipped; the loss is −min(r_t A, clip(r_t) A)
                 rows, denominator = micro.policy, counts[self.objective.denominator_unit]
-                policy_loss, stats = self.objective(log_probs, old, rows.advantages, rows.mask, denominator)
+                # A, or min(π_old / μ, c) A where μ, an older policy, sampled ahead
+                advantages, weights = corrected(self, rows, old)
+                # r_t = π(y_t|…) / π_old(y_t|…), clipped; the loss is −min(r_t A, clip(r_t) A)
+                policy_loss, stats = self.objective(log_probs, old, advantages, rows.mask, denominator)
                 # binary cross-entropy between v and R, of this mini-batch and, where asked for, of earlier ones
                 value_loss = self.value_loss(micro.critic, counts)
                 replay_loss = self.replay_loss(micro.replayed, counts)
@@ -124,7 +130,7 @@ class SPPOModule(ActorCritic):
                 self.accumulate(total(policy_loss, self.kl_coef, kl_loss, value_loss, replay_loss), micro.last)
                 losses = {"policy/loss": policy_loss, "critic/loss": value_loss, "policy/kl": kl_loss}
                 losses["critic/replay_loss"] = replay_loss
-                count_micro_batch(meter, micro, losses, stats, log_probs, entropy, self.on_policy(rollouts))
+                count_micro_batch(meter, micro, losses, stats | weights, log_probs, entropy, self.global_step)
             for name, norm in self.step_optimizer(self.moving_modules()).items():
                 meter.add(f"{name}/grad_norm", norm)
         self.report(meter, experience, self.remember(outcomes, experience))
@@ -225,13 +231,9 @@ class SPPOModule(ActorCritic):
         if self.objective.needs_reference:
             assert self.reference is not None
             return [frozen(self.reference, update) for update in updates]
-        if not (self.recompute_old_log_probs and self.on_policy(updates[0].rollouts)):
+        if compares_with_sampler(self):
             return [update.rollouts.sampled_log_probs for update in updates]
         return [None, *(frozen(self.policy, update) for update in updates[1:])]
-
-    def on_policy(self, rollouts: Rollouts) -> bool:
-        """Whether the weights are still those that sampled every response."""
-        return bool((rollouts.policy_versions == self.trainer.global_step).all())
 
     @torch.no_grad()
     def frozen_log_probs(self, policy: CausalLMPolicy, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:

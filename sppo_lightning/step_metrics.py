@@ -20,7 +20,7 @@ def count_micro_batch(
     stats: Mapping[str, Tensor],
     log_probs: Tensor,
     entropy: Tensor,
-    on_policy: bool,
+    version: int,
 ) -> None:
     """Add one micro-batch to the iteration's metrics.
 
@@ -33,7 +33,7 @@ def count_micro_batch(
         stats: The objective's means over tokens.
         log_probs: `[N, T]`, nats.
         entropy: `[N, T]`, nats.
-        on_policy: Whether the weights are still those that sampled.
+        version: `global_step` of the present weights.
     """
     for name, loss in losses.items():
         if loss is not None:
@@ -45,9 +45,10 @@ def count_micro_batch(
     for name, value in stats.items():
         meter.add(f"policy/{name}", value, tokens)
     meter.add("policy/entropy", entropy[mask].mean(), tokens)
-    if on_policy:
-        gap = (log_probs.detach() - micro.policy.rollouts.sampled_log_probs).abs()[mask].mean()
-        meter.add("sampler/logprob_gap", gap, tokens)
+    rollouts = micro.policy.rollouts
+    fresh = mask & (rollouts.policy_versions == version)[:, None]  # of the weights that sampled them
+    gap = (log_probs.detach() - rollouts.sampled_log_probs).abs()[fresh].mean()
+    meter.add("sampler/logprob_gap", gap, fresh.sum())
 
 
 def iteration_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ from tiny import AnyDigit, loader, make_batch, make_critic, make_policy, make_to
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.advantages import GAE
-from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import HFEngine, Sampling
+from sppo_lightning.engines.engine import Response
 from sppo_lightning.errors import InputError
 from sppo_lightning.optim import GroupOptimizer
 
@@ -29,10 +30,10 @@ class WaitsForTheCritic(HFEngine):
         self.batch: PromptBatch | None = None
         self.was_asked = False
 
-    def generate(self, batch: PromptBatch, sampling: Sampling) -> Rollouts:
+    def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
         self.batch = batch
         self.was_asked = self.asked.wait(self.seconds)
-        return super().generate(batch, sampling)
+        return super().stream(batch, sampling)
 
 
 def fit(module: SPPOModule, engine: HFEngine, samples: int = 1, **settings: Any) -> Any:
@@ -111,7 +112,7 @@ def test_what_the_critic_refuses_is_said():
 
 def test_an_error_in_sampling_is_not_hidden_by_the_critic():
     class Breaks(HFEngine):
-        def generate(self, batch: PromptBatch, sampling: Sampling) -> Rollouts:
+        def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
             raise RuntimeError("no memory")
 
     threads = threading.active_count()

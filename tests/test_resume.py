@@ -42,6 +42,7 @@ def run(
     every: int | None = None,
     ckpt_path: str | None = None,
     lora: LoRA | None = None,
+    prefetch: int = 0,
     **settings: Any,
 ) -> tuple[SPPOModule, Trainer]:
     """Two updates per iteration, three iterations per epoch; a checkpoint after `every` iterations."""
@@ -49,7 +50,7 @@ def run(
     module = make_chain_sppo(1e-2, lora, lr_schedule="linear", kl_coef=0.05, **settings)
     data = PromptDataModule(train=ChainTask({"1-3": 1.0}, size=24), batch_size=8)
     callbacks: list[Callback] = [
-        RolloutGeneration(Sampling(max_new_tokens=8)),
+        RolloutGeneration(Sampling(max_new_tokens=8), prefetch=prefetch),
         ExactMatch(extract="whole"),
         Brevity(role="shaping", weight=0.1),
     ]
@@ -121,6 +122,21 @@ def test_what_the_baseline_and_the_critic_remember_goes_on(tmp_path: Path) -> No
         torch.save(less, tmp_path / "less.ckpt")
         other, _ = run(tmp_path, 7, ckpt_path=str(tmp_path / "less.ckpt"), **with_memory())
         assert any(not torch.equal(expected[name], value) for name, value in other.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_sampled_ahead_goes_on(tmp_path: Path, whole_run: tuple[SPPOModule, Trainer]) -> None:
+    whole, _ = run(tmp_path, 7, prefetch=1)
+    run(tmp_path, 3, every=3, prefetch=1)
+    checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)  # plain types
+    [ahead] = checkpoint["callbacks"]["RolloutGeneration"]["sampled"]
+    assert {response["policy_version"] for response in ahead["sampled"]["responses"]} == {4}  # of 6 updates
+    resumed, _ = run(tmp_path, 7, ckpt_path=str(tmp_path / "cut.ckpt"), prefetch=1)
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    on_policy = whole_run[0].state_dict()
+    assert any(not torch.equal(expected[name], on_policy[name]) for name in expected)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -65,6 +65,7 @@ class PromptLoader:
         self._batches = 0  # yielded in this epoch
         self._spare_draws = 0  # calls of `spare` in all epochs
         self._resumed = False
+        self._ordered: tuple[int, list[int]] = -1, []  # an epoch and its order
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -75,11 +76,24 @@ class PromptLoader:
         if self._batches >= self._epoch_batches or (self._batches > 0 and not self._resumed):
             self._epoch, self._batches = self._epoch + 1, 0
         self._resumed = False
-        order = self.order(self._epoch)
+        batch = self._batch_at(self._batches)
         while self._batches < self._epoch_batches:
-            start = self._batches * self.batch_size
             self._batches += 1
-            yield self._collate(order[start : start + self.batch_size])
+            upcoming = self._batch_at(self._batches)
+            batch.upcoming = upcoming if self.train else None
+            yield batch
+            batch = upcoming
+
+    def _batch_at(self, number: int) -> PromptBatch:
+        """Give this rank's share of the epoch's `number`-th batch; behind its last, of the next epoch's first."""
+        epoch = self._epoch
+        if number >= self._epoch_batches:
+            epoch, number = epoch + 1, 0
+        if self._ordered[0] != epoch:
+            self._ordered = epoch, self.order(epoch)
+        batch = self._ordered[1][number * self.batch_size : (number + 1) * self.batch_size]
+        mine = batch[self.rank :: self.world_size]
+        return self._batch(mine, visits=[epoch if self.train else 0] * len(mine))
 
     def order(self, epoch: int) -> list[int]:
         """The prompts' indices in the order of an epoch, a function of the seed and the epoch alone."""
@@ -101,10 +115,6 @@ class PromptLoader:
         # below 0, where no epoch is, and another one each time that a prompt comes
         visits = [-1 - draw - (i // len(share)) * _MANY_DRAWS for i in range(count)]
         return self._batch([share[i % len(share)] for i in range(count)], visits)
-
-    def _collate(self, indices: Sequence[int]) -> PromptBatch:
-        mine = indices[self.rank :: self.world_size]
-        return self._batch(mine, visits=[self._epoch if self.train else 0] * len(mine))
 
     def _batch(self, indices: Sequence[int], visits: list[int]) -> PromptBatch:
         prompts = [self.prompts[i] for i in indices]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sppo_lightning.batch import FinishReason, PromptBatch, Rollouts
 from sppo_lightning.engines.packing import pack_rollouts
@@ -32,6 +33,7 @@ class Engine(ABC):
     A subclass writes `update_weights` and `stream`; `policy` and `version` are what the former was given.
     """
 
+    samples_elsewhere: ClassVar[bool] = False  # whether a thread that waits for responses takes no time from others
     policy: CausalLMPolicy | None = None
     version: int = 0
 
@@ -48,23 +50,27 @@ class Engine(ABC):
 
     def generate(self, batch: PromptBatch, sampling: Sampling) -> Rollouts:
         """All responses of `stream`, prompt by prompt, in the batch's order."""
-        return self.collect(batch, sampling, self.stream(batch, sampling))
-
-    def collect(self, batch: PromptBatch, sampling: Sampling, responses: Iterator[Response]) -> Rollouts:
-        """Responses in any order as rollouts, prompt by prompt, in the batch's order."""
+        responses = list(self.stream(batch, sampling))
         assert self.policy is not None
-        ordered = sorted(responses, key=lambda response: (response.prompt_index, response.sample))
-        return pack_rollouts(
-            batch,
-            [response.prompt_index for response in ordered],
-            [response.token_ids for response in ordered],
-            [response.log_probs for response in ordered],
-            [response.finish_reason for response in ordered],
-            policy=self.policy,
-            temperature=sampling.temperature or 1.0,  # a greedy response is scored at temperature 1
-            versions=[response.policy_version for response in ordered],
-        )
+        return collect(responses, batch, sampling, self.policy)
 
     def close(self) -> None:
-        """Give back processes, connections and memory; the engine is not used afterwards."""
+        """Give back processes, connections and memory, which come back when they are needed again."""
         return
+
+
+def collect(
+    responses: Iterable[Response], batch: PromptBatch, sampling: Sampling, policy: CausalLMPolicy
+) -> Rollouts:
+    """Responses in any order as rollouts on the policy's device, prompt by prompt, in the batch's order."""
+    ordered = sorted(responses, key=lambda response: (response.prompt_index, response.sample))
+    return pack_rollouts(
+        batch,
+        [response.prompt_index for response in ordered],
+        [response.token_ids for response in ordered],
+        [response.log_probs for response in ordered],
+        [response.finish_reason for response in ordered],
+        policy=policy,
+        temperature=sampling.temperature or 1.0,  # a greedy response is scored at temperature 1
+        versions=[response.policy_version for response in ordered],
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +63,19 @@ class Sampling:
 def run_seed() -> int:
     """The run's seed, as `seed_everything` leaves it in the environment; 0 when nothing was seeded."""
     return int(os.environ.get("PL_GLOBAL_SEED") or 0)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """`run_seed` is `seed` here: for a process that samples for another one."""
+    before = os.environ.get("PL_GLOBAL_SEED")
+    os.environ["PL_GLOBAL_SEED"] = str(seed)
+    try:
+        yield
+    finally:
+        os.environ.pop("PL_GLOBAL_SEED")
+        if before is not None:
+            os.environ["PL_GLOBAL_SEED"] = before
 
 
 def request_seed(seed: int, prompt: Prompt, visit: int, sample: int) -> int:

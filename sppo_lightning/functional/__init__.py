@@ -19,6 +19,7 @@ from sppo_lightning.functional.advantages import (
     sequence_advantage,
     whiten_tokens,
 )
+from sppo_lightning.functional.importance import truncated_importance_weights
 from sppo_lightning.functional.losses import (
     Aggregation,
     KLEstimator,
@@ -27,6 +28,7 @@ from sppo_lightning.functional.losses import (
     critic_loss,
     kl_penalty,
 )
+from sppo_lightning.functional.masking import token_mean
 from sppo_lightning.functional.objectives import (
     RatioLevel,
     RatioNormalization,
@@ -54,5 +56,7 @@ __all__ = [
     "sequence_advantage",
     "sequence_clip_objective",
     "token_clip_objective",
+    "token_mean",
+    "truncated_importance_weights",
     "whiten_tokens",
 ]
