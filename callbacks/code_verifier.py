@@ -47,6 +47,8 @@ class CodeVerifier(Verifier):
         **settings: Those of every verifier: see `Verifier`.
     """
 
+    scores_early = True
+
     def __init__(
         self,
         reward: CodeReward = "all",

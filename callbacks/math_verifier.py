@@ -30,6 +30,8 @@ class MathVerifier(Verifier):
         **settings: Those of every verifier: see `Verifier`.
     """
 
+    scores_early = True
+
     def __init__(
         self,
         timeout_seconds: float = 2.0,
@@ -69,9 +71,6 @@ class MathVerifier(Verifier):
         return [verdict.score for verdict in verdicts]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End the worker processes."""
-        close_workers()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the worker processes; Lightning skips `teardown` after an exception."""
+        """End the thread that scores early, and the worker processes."""
+        super().teardown(trainer, pl_module, stage)
         close_workers()

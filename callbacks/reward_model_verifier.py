@@ -106,10 +106,7 @@ class RewardModelVerifier(Verifier):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the model."""
-        self.reward_model = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Free the model; Lightning skips `teardown` after an exception."""
+        super().teardown(trainer, pl_module, stage)
         self.reward_model = None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,11 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines import Engine, HFEngine, ProcessEngine, Sampling
-from sppo_lightning.engines.engine import collect
+from sppo_lightning.engines.engine import Response, collect
 from sppo_lightning.errors import InputError
+from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.pipeline import Stage
 from sppo_lightning.sampling_ahead import Sampled, SamplingAhead
 from sppo_lightning.torch_settings import TorchSettings
+
+_OFFERED_AT_ONCE = 16  # finished responses: few enough to begin soon, many enough to be worth a call
 
 
 class RolloutGeneration(Stage):
@@ -124,12 +128,16 @@ class RolloutGeneration(Stage):
             engine.update_weights(module.policy, trainer.global_step)
         sampling = self.sampling if trainer.training else self.validation
         greedy = self.greedy if trainer.training else self.validation_greedy
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        early = [callback for callback in callbacks if getattr(callback, "scores_early", False)]
 
         def sample(batch: PromptBatch) -> Sampled:
+            def responses(sampling: Sampling) -> list[Response]:
+                return list(_offered(engine.stream(batch, sampling), batch, sampling, module.policy, early))
+
             start = time.perf_counter()
-            responses = list(engine.stream(batch, sampling))
-            once = list(engine.stream(batch, _greedy(sampling))) if greedy else None
-            return Sampled(responses, once, time.perf_counter() - start)
+            sampled, once = responses(sampling), responses(_greedy(sampling)) if greedy else None
+            return Sampled(sampled, once, time.perf_counter() - start)
 
         return sample
 
@@ -179,6 +187,22 @@ class RolloutGeneration(Stage):
                 engine.close()
         if self._ahead is not None:
             self._ahead.close()
+
+
+def _offered(
+    responses: Iterator[Response],
+    batch: PromptBatch,
+    sampling: Sampling,
+    policy: CausalLMPolicy,
+    verifiers: Sequence[Any],
+) -> Iterator[Response]:
+    """The responses as they come; some at a time are also given to verifiers that begin early."""
+    while group := list(itertools.islice(responses, _OFFERED_AT_ONCE)):
+        if verifiers:
+            rollouts = collect(group, batch, sampling, policy)
+            for verifier in verifiers:
+                verifier.score_early(rollouts)
+        yield from group
 
 
 def _greedy(sampling: Sampling) -> Sampling:

@@ -9,12 +9,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from sppo_lightning.batch import Prompt, PromptBatch, Rollouts, Scores
+from sppo_lightning.callbacks.early_scores import EarlyScores
 from sppo_lightning.errors import InputError, check_option
 from sppo_lightning.pipeline import Stage
 from sppo_lightning.routing import check_routes, check_together
@@ -52,6 +53,7 @@ class Verifier(Stage):
 
     requires = frozenset({"rollouts"})
     phase = "verify"
+    scores_early: ClassVar[bool] = False  # whether `score` waits for other processes, so that it may start early
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class Verifier(Stage):
         self.provides = frozenset({"scores"} if role == "outcome" else ())  # type: ignore[misc]
         self._total, self._number = 0.0, 0.0  # of the shaping scores of all batches trained on so far
         Verifier.begin(self)  # not a subclass's, which may need what its own constructor has yet to set
+        self._early = EarlyScores(self) if self.scores_early else None
         self._is_set_up = False
 
     def begin(self) -> None:
@@ -133,6 +136,15 @@ class Verifier(Stage):
             if rollouts is not None:
                 rollouts.scores[self.name] = self._scores(rollouts)
         self._seconds += time.perf_counter() - start
+
+    def score_early(self, rollouts: Rollouts) -> None:
+        """Begin with responses that have finished while others are still sampled; see `scores_early`."""
+        if self._early is None or self.only_if_correct:
+            return
+        cut_off = [self.truncated == "unanswered" and why == "length" for why in rollouts.finish_reasons]
+        rows = [i for i, prompt in enumerate(rollouts.prompts) if self.applies(prompt) and not cut_off[i]]
+        if rows:
+            self._early.ask(rollouts.rows(rows))
 
     def _scores(self, rollouts: Rollouts) -> Scores:
         """The scores of N responses, of which `score` sees those that its verdict counts for."""
@@ -194,7 +206,7 @@ class Verifier(Stage):
         return scores
 
     def _checked(self, rollouts: Rollouts) -> list[float | None]:
-        scores = list(self.score_rollouts(rollouts))
+        scores = list(self.score_rollouts(rollouts) if self._early is None else self._early.complete(rollouts))
         if len(scores) != len(rollouts):
             raise InputError(
                 f"Verifier {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses; "
@@ -254,6 +266,15 @@ class Verifier(Stage):
         pl_module.log_dict(metrics, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
 
     on_test_batch_end = on_validation_batch_end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the thread that scores early."""
+        if self._early is not None:
+            self._early.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same as `teardown`, which Lightning skips after an exception."""
+        self.teardown(trainer, pl_module, "fit")
 
     def _counts(self) -> dict[str, float]:
         kinds = ("errors", "timeouts", "no_verdict")
