@@ -29,6 +29,12 @@ class CausalLMPolicy(PretrainedModule):
         """Of logits and log-probabilities: float32, or float64 where the weights are."""
         return torch.promote_types(self.model.dtype, torch.float32)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values: autocast's where it is on, else the weights' own."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+
     @cached_property
     def eos_token_ids(self) -> list[int]:
         """Every id that ends a response: the tokenizer's and the generation config's."""

@@ -1,6 +1,7 @@
 """What every engine promises: a class of tests that each engine's own test file inherits."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,8 +162,9 @@ class EngineContract:
         """The token that completes a stop string is the last; one may span several tokens."""
         policy = policy_of()
         free = ids(sample(engine, policy, samples_per_prompt=6, max_new_tokens=20))
-        texts = [policy.tokenizer.decode(row) for row in free]
-        pairs = [text.split()[i : i + 2] for text in texts for i in range(4, 8)]
+        decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
+        texts = [decode(row) for row in free]
+        pairs = [text.split()[i : i + 2] for text in texts for i in range(4, 8) if len(text.split()) > 9]
         stop = (" ".join(pairs[0]), " ".join(pairs[-1]))
         rollouts = sample(engine, policy, samples_per_prompt=6, max_new_tokens=20, stop=stop)
         stopped = 0
@@ -170,9 +172,7 @@ class EngineContract:
             ids(rollouts), rollouts.responses, rollouts.finish_reasons, free, strict=True
         ):
             assert row == whole[: len(row)]
-            ends = [
-                n for n in range(1, len(whole) + 1) if any(s in policy.tokenizer.decode(whole[:n]) for s in stop)
-            ]
+            ends = [n for n in range(1, len(whole) + 1) if any(s in decode(whole[:n]) for s in stop)]
             assert len(row) == (ends[0] if ends else len(whole))
             if ends:
                 stopped += 1

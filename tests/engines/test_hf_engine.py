@@ -1,4 +1,4 @@
-"""HFEngine keeps the contract, with every family of models, and however its waves are cut."""
+"""HFEngine keeps the contract, with every family of models, and whoever is decoded together."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from sppo_lightning.errors import InputError
 
 SETTINGS = {
     "by default": {},
-    "in small waves": {"max_rows": 3, "compact_below": 1.0},
-    "dropping no row": {"compact_below": 0.0},
+    "with few rows": {"max_rows": 3},
+    "with few tokens": {"max_tokens": 90, "prefill_tokens": 16},
 }
 
 
@@ -46,12 +46,13 @@ def test_log_probs_are_those_of_the_policys_forward(engine: Engine, family: str)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5, 100])
-@pytest.mark.parametrize("compact_below", [0.0, 0.5, 1.0])
-def test_waves_and_dropped_rows_change_nothing(max_rows: int, compact_below: float):
+@pytest.mark.parametrize("prefill_tokens", [1, 20])
+def test_who_is_decoded_together_changes_nothing(max_rows: int, prefill_tokens: int):
     policy = make_policy()
     policy.model.generation_config.eos_token_id = [1, 5, 9]
     expected = sample(HFEngine(), policy, samples_per_prompt=3)
-    rollouts = sample(HFEngine(max_rows, compact_below), policy, samples_per_prompt=3)
+    engine = HFEngine(max_rows, prefill_tokens=prefill_tokens)
+    rollouts = sample(engine, policy, samples_per_prompt=3)
     assert ids(rollouts) == ids(expected)
     torch.testing.assert_close(rollouts.sampled_log_probs, expected.sampled_log_probs, atol=1e-5, rtol=1e-5)
     assert rollouts.finish_reasons == expected.finish_reasons

@@ -1,0 +1,77 @@
+"""The masks of a forward whose rows are flush left, as each attention implementation wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+
+class AttentionMasks:
+    """Masks by kind of layer: `full_attention`, or `sliding_attention` with a window.
+
+    A ready mask is taken by transformers as it is, so that nothing is worked out anew in each step.
+
+    Args:
+        config: Of the language model.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        layers = DynamicCache(config=config).layers
+        self.windows: dict[str, int | None] = {
+            "sliding_attention" if layer.is_sliding else "full_attention": getattr(layer, "sliding_window", None)
+            for layer in layers
+        }
+        self.implementation = str(config._attn_implementation)
+
+    def prefill(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """For prompts of up to `tokens`, padded on the right, so that causal attention needs no more."""
+        positions = torch.arange(tokens, device=device)
+
+        def mask(window: int | None) -> Tensor | None:
+            is_plain = window is None or window >= tokens
+            if "flash" in self.implementation or (is_plain and self.implementation != "eager"):
+                return None
+            return self._ready(_visible(positions[None], positions, window), dtype)
+
+        return self._by_kind(mask)
+
+    def decode(self, positions: Tensor, columns: Tensor, alike: bool, dtype: torch.dtype) -> Any:
+        """For one token per row at `positions` `[n]`, over the first columns `[width]` of the cache.
+
+        `alike` says that all rows are at the last of these columns.
+        """
+
+        def mask(window: int | None) -> Tensor | None:
+            if "flash" in self.implementation:
+                return (columns <= positions[:, None]).long()  # its kernels know the window
+            if alike and (window is None or window >= len(columns)):
+                # not for eager attention, which would go on as if there were padding to look for
+                return None if self.implementation == "sdpa" else self._ready(_all(positions, columns), dtype)
+            return self._ready(_visible(positions[:, None], columns, window), dtype)
+
+        return self._by_kind(mask)
+
+    def _by_kind(self, mask: Any) -> Any:
+        made = {kind: mask(window) for kind, window in self.windows.items()}
+        return made if len(made) > 1 else next(iter(made.values()))
+
+    def _ready(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[n, 1, queries, columns]`: for eager attention a term that is added, else True where a token is seen."""
+        visible = visible[:, None]
+        if self.implementation != "eager":
+            return visible
+        least = torch.finfo(dtype).min
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, least)
+
+
+def _visible(queries: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """`[n, queries, columns]`, bool: which columns the queries at positions `[n, queries]` see."""
+    seen = columns <= queries[..., None]
+    return seen if window is None else seen & (columns > queries[..., None] - window)
+
+
+def _all(positions: Tensor, columns: Tensor) -> Tensor:
+    return torch.ones(len(positions), 1, len(columns), dtype=torch.bool, device=columns.device)

@@ -1,0 +1,185 @@
+"""Continuous batching: sequences that are decoded side by side, each of which leaves when it has finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.engines.attention_masks import AttentionMasks
+from sppo_lightning.engines.engine import Response
+from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
+from sppo_lightning.engines.slots import SlotCache
+from sppo_lightning.models import CausalLMPolicy
+
+
+@dataclass
+class _Rows:
+    """The sequences that are decoded at present, `n` of them, in the order of the cache's rows."""
+
+    requests: list[tuple[int, int]]  # n pairs: row of the prompt in the batch, and which of its responses
+    tokens: Tensor  # [n, max_new_tokens], int64
+    log_probs: Tensor  # [n, max_new_tokens]
+    uniforms: Tensor  # [n, max_new_tokens]
+    lengths: Tensor  # [n], int64: response tokens so far
+    positions: Tensor  # [n], int64: of each sequence's last token, prompt included
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def select(self, order: list[int]) -> _Rows:
+        """These rows, in this order."""
+        index = torch.tensor(order, dtype=torch.long, device=self.tokens.device)
+        return _Rows(
+            [self.requests[i] for i in order],
+            *(getattr(self, name)[index] for name in ("tokens", "log_probs", "uniforms", "lengths", "positions")),
+        )
+
+    def join(self, other: _Rows) -> _Rows:
+        """These rows and the other's behind them."""
+        tensors = ("tokens", "log_probs", "uniforms", "lengths", "positions")
+        joined = (torch.cat([getattr(self, name), getattr(other, name)]) for name in tensors)
+        return _Rows(self.requests + other.requests, *joined)
+
+
+class Decoder:
+    """Decodes a batch's responses; requests fill the rows that finished ones leave.
+
+    Args:
+        policy: What samples.
+        batch: The prompts.
+        sampling: How.
+        rows: Most sequences at once.
+        version: Of the weights, for the responses.
+    """
+
+    def __init__(
+        self, policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, rows: int, version: int
+    ) -> None:
+        self.policy, self.batch, self.sampling, self.version = policy, batch, sampling, version
+        self.device = policy.device
+        config = policy.model.config.get_text_config(decoder=True)
+        self.masks = AttentionMasks(config)
+        self.cache = SlotCache(len(DynamicCache(config=config).layers), rows)
+        self.columns = torch.arange(0, device=self.device)
+        self.eos = torch.tensor(policy.eos_token_ids, device=self.device)
+        self.seed = run_seed()
+        self.active: _Rows | None = None
+
+    @property
+    def free(self) -> int:
+        """Rows that requests may fill."""
+        return self.cache.rows - self.cache.used
+
+    def admit(self, chosen: Sequence[int]) -> Iterator[Response]:
+        """Prefill prompts, given by their rows in the batch, and draw the first token of all their responses."""
+        prompts, samples = [self.batch.token_ids[i] for i in chosen], self.sampling.samples_per_prompt
+        width = max(map(len, prompts))
+        pad = self.policy.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in prompts], device=self.device)
+        last = torch.tensor([len(row) - 1 for row in prompts], device=self.device)
+        self.cache.admit(samples)
+        hidden = self.policy.hidden(
+            input_ids=ids,
+            attention_mask=self.masks.prefill(width, self.device, self.policy.compute_dtype),
+            position_ids=torch.arange(width, device=self.device).expand_as(ids),
+            past_key_values=self.cache,
+            use_cache=True,
+        )[torch.arange(len(ids), device=self.device), last]
+        before = 0 if self.active is None else len(self.active)
+        new = self._requests([(i, s) for i in chosen for s in range(samples)], last.repeat_interleave(samples))
+        self.cache.used += len(new)
+        self.cache.width = max(self.cache.width, width)
+        self.active = new if self.active is None else self.active.join(new)
+        yield from self._advance(hidden.repeat_interleave(samples, 0), first=before)
+
+    def step(self) -> Iterator[Response]:
+        """Draw one more token of every sequence; those that have finished, which leave."""
+        rows = self.active
+        assert rows is not None
+        newest = rows.tokens[torch.arange(len(rows), device=self.device), rows.lengths - 1]
+        rows.positions += 1
+        lowest, highest = torch.stack(rows.positions.aminmax()).tolist()
+        if len(self.columns) <= highest:
+            self.columns = torch.arange(2 * (highest + 1), device=self.device)
+        columns = self.columns[: highest + 1]
+        self.cache.decode_at(rows.positions, highest + 1)
+        mask = self.masks.decode(rows.positions, columns, lowest == highest, self.policy.compute_dtype)
+        hidden = self.policy.hidden(
+            input_ids=newest[:, None],
+            attention_mask=mask,
+            position_ids=rows.positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )[:, -1]
+        yield from self._advance(hidden, first=0)
+
+    def _advance(self, hidden: Tensor, first: int) -> Iterator[Response]:
+        """Draw a token of the rows from `first` on, given their last hidden states; those that have finished."""
+        rows = self.active
+        assert rows is not None
+        number = torch.arange(first, len(rows), device=self.device)
+        length = rows.lengths[first:]
+        token, log_prob = choose(self.policy.logits(hidden), rows.uniforms[number, length], self.sampling)
+        rows.tokens[number, length], rows.log_probs[number, length] = token, log_prob
+        length += 1
+        stopped = torch.isin(token, self.eos)
+        if self.sampling.stop:
+            stopped |= self._stop_strings(first)
+        finished = (stopped | (length == self.sampling.max_new_tokens)).nonzero().squeeze(1).tolist()
+        if finished:
+            reasons = stopped[finished].tolist()
+            yield from self._leave([first + i for i in finished], reasons)
+
+    def _stop_strings(self, first: int) -> Tensor:
+        """`[n]`, bool: whether the rows from `first` on contain a stop string, as of their last token."""
+        rows, strings = self.active, self.sampling.stop
+        assert rows is not None
+        # a token has a character at least, and one more keeps a space that decoding drops at the beginning
+        reach = max(map(len, strings)) + 1
+        ends = rows.lengths[first:].tolist()
+        tails = [row[max(0, n - reach) : n].tolist() for row, n in zip(rows.tokens[first:], ends, strict=True)]
+        texts = self.policy.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        return torch.tensor([any(s in text for s in strings) for text in texts], device=self.device)
+
+    def _leave(self, finished: list[int], stopped: list[bool]) -> Iterator[Response]:
+        """The responses of finished rows, which give up their places."""
+        rows = self.active
+        assert rows is not None
+        lengths = rows.lengths[finished].tolist()
+        tokens, log_probs = rows.tokens[finished].tolist(), rows.log_probs[finished].tolist()
+        responses = [
+            Response(
+                *rows.requests[row],
+                tokens[i][: lengths[i]],
+                log_probs[i][: lengths[i]],
+                "stop" if stopped[i] else "length",
+                self.version,
+            )
+            for i, row in enumerate(finished)
+        ]
+        order = self.cache.drop(finished)
+        self.active = rows.select(order) if order else None
+        yield from responses
+
+    def _requests(self, requests: list[tuple[int, int]], positions: Tensor) -> _Rows:
+        """Rows that have no token yet, with the noise of all they may have."""
+        shape = (len(requests), self.sampling.max_new_tokens)
+        noise = np.zeros(shape, dtype=np.float32)
+        if self.sampling.temperature > 0:
+            for row, (i, sample) in enumerate(requests):
+                prompt, visit = self.batch.prompts[i], self.batch.visits[i]
+                noise[row] = token_noise(self.seed, prompt, visit, sample, shape[1])
+        return _Rows(
+            requests,
+            torch.zeros(shape, dtype=torch.long, device=self.device),
+            torch.zeros(shape, dtype=self.policy.logits_dtype, device=self.device),
+            torch.from_numpy(noise).to(self.device),
+            torch.zeros(shape[0], dtype=torch.long, device=self.device),
+            positions,
+        )
