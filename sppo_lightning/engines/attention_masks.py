@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ class AttentionMasks:
             "sliding_attention" if layer.is_sliding else "full_attention": getattr(layer, "sliding_window", None)
             for layer in layers
         }
-        self.implementation = str(config._attn_implementation)
+        implementation = str(config._attn_implementation)
+        self.by_kernel = "flash" in implementation  # whose kernels know causality and windows
+        self.always = implementation == "eager"  # which takes no mask for none, where causality would need one
 
     def prefill(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
         """For prompts of up to `tokens`, padded on the right, so that causal attention needs no more."""
@@ -32,9 +35,9 @@ class AttentionMasks:
 
         def mask(window: int | None) -> Tensor | None:
             is_plain = window is None or window >= tokens
-            if "flash" in self.implementation or (is_plain and self.implementation != "eager"):
+            if self.by_kernel or (is_plain and not self.always):
                 return None
-            return self._ready(_visible(positions[None], positions, window), dtype)
+            return _added(_visible(positions[None], positions, window), dtype)
 
         return self._by_kind(mask)
 
@@ -45,26 +48,17 @@ class AttentionMasks:
         """
 
         def mask(window: int | None) -> Tensor | None:
-            if "flash" in self.implementation:
-                return (columns <= positions[:, None]).long()  # its kernels know the window
-            if alike and (window is None or window >= len(columns)):
-                # not for eager attention, which would go on as if there were padding to look for
-                return None if self.implementation == "sdpa" else self._ready(_all(positions, columns), dtype)
-            return self._ready(_visible(positions[:, None], columns, window), dtype)
+            if self.by_kernel:
+                return (columns <= positions[:, None]).long()
+            if alike and not self.always and (window is None or window >= len(columns)):
+                return None
+            return _added(_visible(positions[:, None], columns, window), dtype)
 
         return self._by_kind(mask)
 
-    def _by_kind(self, mask: Any) -> Any:
+    def _by_kind(self, mask: Callable[[int | None], Tensor | None]) -> Any:
         made = {kind: mask(window) for kind, window in self.windows.items()}
         return made if len(made) > 1 else next(iter(made.values()))
-
-    def _ready(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[n, 1, queries, columns]`: for eager attention a term that is added, else True where a token is seen."""
-        visible = visible[:, None]
-        if self.implementation != "eager":
-            return visible
-        least = torch.finfo(dtype).min
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, least)
 
 
 def _visible(queries: Tensor, columns: Tensor, window: int | None) -> Tensor:
@@ -73,5 +67,7 @@ def _visible(queries: Tensor, columns: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (columns > queries[..., None] - window)
 
 
-def _all(positions: Tensor, columns: Tensor) -> Tensor:
-    return torch.ones(len(positions), 1, len(columns), dtype=torch.bool, device=columns.device)
+def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[n, 1, queries, columns]`, a term of the scores: 0 where a token is seen, else the least number."""
+    least = torch.finfo(dtype).min
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, least)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,13 @@ from transformers import DynamicCache
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines.attention_masks import AttentionMasks
+from sppo_lightning.engines.decode_attention import DecodeAttention
 from sppo_lightning.engines.engine import Response
 from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
 from sppo_lightning.engines.slots import SlotCache
 from sppo_lightning.models import CausalLMPolicy
+
+_FIRST_COLUMNS = 512  # room of each sequence to begin with; more where they become longer
 
 
 @dataclass
@@ -65,7 +69,10 @@ class Decoder:
         self.device = policy.device
         config = policy.model.config.get_text_config(decoder=True)
         self.masks = AttentionMasks(config)
-        self.cache = SlotCache(len(DynamicCache(config=config).layers), rows)
+        longest = max(map(len, batch.token_ids)) + sampling.max_new_tokens
+        columns = min(longest, _FIRST_COLUMNS)
+        self.cache = SlotCache(len(DynamicCache(config=config).layers), rows, columns)
+        self.attention = DecodeAttention(policy.model)
         self.columns = torch.arange(0, device=self.device)
         self.eos = torch.tensor(policy.eos_token_ids, device=self.device)
         self.seed = run_seed()
@@ -84,13 +91,9 @@ class Decoder:
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in prompts], device=self.device)
         last = torch.tensor([len(row) - 1 for row in prompts], device=self.device)
         self.cache.admit(samples)
-        hidden = self.policy.hidden(
-            input_ids=ids,
-            attention_mask=self.masks.prefill(width, self.device, self.policy.compute_dtype),
-            position_ids=torch.arange(width, device=self.device).expand_as(ids),
-            past_key_values=self.cache,
-            use_cache=True,
-        )[torch.arange(len(ids), device=self.device), last]
+        mask = self.masks.prefill(width, self.device, self.policy.compute_dtype)
+        positions = torch.arange(width, device=self.device).expand_as(ids)
+        hidden = self._hidden(ids, mask, positions)[torch.arange(len(ids), device=self.device), last]
         before = 0 if self.active is None else len(self.active)
         new = self._requests([(i, s) for i in chosen for s in range(samples)], last.repeat_interleave(samples))
         self.cache.used += len(new)
@@ -110,14 +113,18 @@ class Decoder:
         columns = self.columns[: highest + 1]
         self.cache.decode_at(rows.positions, highest + 1)
         mask = self.masks.decode(rows.positions, columns, lowest == highest, self.policy.compute_dtype)
-        hidden = self.policy.hidden(
-            input_ids=newest[:, None],
-            attention_mask=mask,
-            position_ids=rows.positions[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )[:, -1]
-        yield from self._advance(hidden, first=0)
+        yield from self._advance(self._hidden(newest[:, None], mask, rows.positions[:, None])[:, -1], first=0)
+
+    def _hidden(self, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
+        """Last hidden states `[n, tokens, H]` of ids `[n, tokens]`, whose keys and values are kept."""
+        with self.attention():
+            return self.policy.hidden(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
 
     def _advance(self, hidden: Tensor, first: int) -> Iterator[Response]:
         """Draw a token of the rows from `first` on, given their last hidden states; those that have finished."""

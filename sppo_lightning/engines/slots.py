@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-_LEAST_CAPACITY = 64  # columns
+_FILLED_AT_ONCE = 32
 
 
 class SlotCache(Cache):
@@ -23,14 +23,15 @@ class SlotCache(Cache):
     Sliding-window layers keep everything too, and their mask does the sliding.
     """
 
-    def __init__(self, layers: int, rows: int) -> None:
+    def __init__(self, layers: int, rows: int, columns: int) -> None:
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
         self.rows = rows
+        self.columns = columns  # to begin with
         self.used = 0
         self.copies = 1  # rows that each sequence of a prefill fills
         self.positions: Tensor | None = None  # [used], int64, of the tokens that are decoded; None in a prefill
         self.width = 0  # columns that attention looks at
-        self.index: Tensor | None = None  # [used], int64: 0, 1, 2 …
+        self._flat: dict[tuple[int, int], Tensor] = {}  # see `flat`; the same for layers of the same shape
 
     @staticmethod
     def fits(config: PreTrainedConfig) -> bool:
@@ -44,9 +45,15 @@ class SlotCache(Cache):
 
     def decode_at(self, positions: Tensor, width: int) -> None:
         """The next forward is of one token per row in use, at `positions` `[used]`, all below `width`."""
-        self.positions, self.width = positions, width
-        if self.index is None or len(self.index) != self.used:
-            self.index = torch.arange(self.used, device=positions.device)
+        self.positions, self.width, self._flat = positions, width, {}
+
+    def flat(self, capacity: int, heads: int) -> Tensor:
+        """`[used · heads]`: where each row's token goes, in a buffer of this capacity as a matrix of vectors."""
+        if (capacity, heads) not in self._flat:
+            assert self.positions is not None
+            first = torch.arange(self.used * heads, device=self.positions.device) * capacity
+            self._flat[capacity, heads] = first + self.positions.repeat_interleave(heads)
+        return self._flat[capacity, heads]
 
     def drop(self, rows: list[int]) -> list[int]:
         """Let rows go; the others' former numbers, in their new order."""
@@ -73,25 +80,31 @@ class _SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the buffers, empty."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._buffer(key_states, _LEAST_CAPACITY)
-        self.values = self._buffer(value_states, _LEAST_CAPACITY)
+        self.capacity = self.finite = 0
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def _buffer(self, like: Tensor, capacity: int) -> Tensor:
-        return like.new_zeros(self.cache.rows, like.shape[1], capacity, like.shape[3])
-
     def _grow(self, columns: int) -> None:
+        """Make room for so many columns, and let all of them hold numbers: a mask does not hide what is none."""
         assert self.keys is not None
         assert self.values is not None
-        capacity = self.keys.shape[2]
-        if columns <= capacity:
-            return
-        wanted = max(columns, 2 * capacity)
-        used = self.cache.used
-        for name, old in (("keys", self.keys), ("values", self.values)):
-            new = self._buffer(old, wanted)
-            new[:used, :, :capacity] = old[:used]
-            setattr(self, name, new)
+        if columns > self.capacity:
+            # twice as much each time, so that a token is copied a bounded number of times
+            capacity = max(columns, 2 * self.capacity, self.cache.columns)
+            self.keys, self.values = (self._larger(old, capacity) for old in (self.keys, self.values))
+            self.capacity = capacity
+        if columns > self.finite:
+            until = min(columns + _FILLED_AT_ONCE, self.capacity)
+            for buffer in (self.keys, self.values):
+                buffer[:, :, self.finite : until] = 0
+            self.finite = until
+
+    def _larger(self, old: Tensor, capacity: int) -> Tensor:
+        _, heads, _, size = old.shape
+        new = old.new_empty(self.cache.rows, heads, capacity, size)
+        if self.finite:
+            new[:, :, : self.finite] = old[:, :, : self.finite]
+        return new
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values `[n, heads, tokens, head size]`; what attention is to look at."""
@@ -103,8 +116,10 @@ class _SlotLayer(CacheLayerMixin):
         self._grow(cache.width)
         assert self.keys is not None
         assert self.values is not None
-        self.keys[cache.index, :, cache.positions] = key_states[:, :, 0]
-        self.values[cache.index, :, cache.positions] = value_states[:, :, 0]
+        place = cache.flat(self.capacity, self.keys.shape[1])
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            # as rows of one matrix, which is several times as fast as indexing with two tensors
+            buffer.view(-1, buffer.shape[3]).index_copy_(0, place, states.reshape(-1, buffer.shape[3]))
         return self.keys[: cache.used, :, : cache.width], self.values[: cache.used, :, : cache.width]
 
     def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
