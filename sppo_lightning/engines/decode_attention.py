@@ -54,25 +54,16 @@ AttentionInterface.register(_NAME, decode_attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
-class DecodeAttention:
-    """Lets a model use `decode_attention`, unless its attention is eager or flash.
-
-    Args:
-        model: A transformers model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-        own = [(config, str(config._attn_implementation)) for config in configs]
-        self.configs = [(config, name) for config, name in own if name != "eager" and "flash" not in name]
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """For the forwards within."""
-        for config, _ in self.configs:
-            config._attn_implementation = _NAME
-        try:
-            yield
-        finally:
-            for config, name in self.configs:
-                config._attn_implementation = name
+@contextmanager
+def decode_attention_in(model: nn.Module) -> Iterator[None]:
+    """Let a transformers model use `decode_attention` within, unless its attention is eager or flash."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    own = [(config, str(config._attn_implementation)) for config in configs]
+    changed = [(config, name) for config, name in own if name != "eager" and "flash" not in name]
+    for config, _ in changed:
+        config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        for config, name in changed:
+            config._attn_implementation = name

@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines.attention_masks import AttentionMasks
-from sppo_lightning.engines.decode_attention import DecodeAttention
 from sppo_lightning.engines.engine import Response
 from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
 from sppo_lightning.engines.slots import SlotCache
 from sppo_lightning.models import CausalLMPolicy
 
+_TENSORS = ("tokens", "newest", "log_probs", "uniforms", "lengths", "positions")
 _FIRST_COLUMNS = 512  # room of each sequence to begin with; more where they become longer
 
 
@@ -28,6 +28,7 @@ class _Rows:
 
     requests: list[tuple[int, int]]  # n pairs: row of the prompt in the batch, and which of its responses
     tokens: Tensor  # [n, max_new_tokens], int64
+    newest: Tensor  # [n], int64: the last of them
     log_probs: Tensor  # [n, max_new_tokens]
     uniforms: Tensor  # [n, max_new_tokens]
     lengths: Tensor  # [n], int64: response tokens so far
@@ -41,13 +42,12 @@ class _Rows:
         index = torch.tensor(order, dtype=torch.long, device=self.tokens.device)
         return _Rows(
             [self.requests[i] for i in order],
-            *(getattr(self, name)[index] for name in ("tokens", "log_probs", "uniforms", "lengths", "positions")),
+            *(getattr(self, name)[index] for name in _TENSORS),
         )
 
     def join(self, other: _Rows) -> _Rows:
         """These rows and the other's behind them."""
-        tensors = ("tokens", "log_probs", "uniforms", "lengths", "positions")
-        joined = (torch.cat([getattr(self, name), getattr(other, name)]) for name in tensors)
+        joined = (torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS)
         return _Rows(self.requests + other.requests, *joined)
 
 
@@ -72,7 +72,7 @@ class Decoder:
         longest = max(map(len, batch.token_ids)) + sampling.max_new_tokens
         columns = min(longest, _FIRST_COLUMNS)
         self.cache = SlotCache(len(DynamicCache(config=config).layers), rows, columns)
-        self.attention = DecodeAttention(policy.model)
+        self.head, self.dtype = policy.head(), policy.compute_dtype
         self.columns = torch.arange(0, device=self.device)
         self.eos = torch.tensor(policy.eos_token_ids, device=self.device)
         self.seed = run_seed()
@@ -91,7 +91,7 @@ class Decoder:
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in prompts], device=self.device)
         last = torch.tensor([len(row) - 1 for row in prompts], device=self.device)
         self.cache.admit(samples)
-        mask = self.masks.prefill(width, self.device, self.policy.compute_dtype)
+        mask = self.masks.prefill(width, self.device, self.dtype)
         positions = torch.arange(width, device=self.device).expand_as(ids)
         hidden = self._hidden(ids, mask, positions)[torch.arange(len(ids), device=self.device), last]
         before = 0 if self.active is None else len(self.active)
@@ -105,26 +105,26 @@ class Decoder:
         """Draw one more token of every sequence; those that have finished, which leave."""
         rows = self.active
         assert rows is not None
-        newest = rows.tokens[torch.arange(len(rows), device=self.device), rows.lengths - 1]
         rows.positions += 1
         lowest, highest = torch.stack(rows.positions.aminmax()).tolist()
         if len(self.columns) <= highest:
             self.columns = torch.arange(2 * (highest + 1), device=self.device)
         columns = self.columns[: highest + 1]
         self.cache.decode_at(rows.positions, highest + 1)
-        mask = self.masks.decode(rows.positions, columns, lowest == highest, self.policy.compute_dtype)
-        yield from self._advance(self._hidden(newest[:, None], mask, rows.positions[:, None])[:, -1], first=0)
+        # CUDA's kernels are faster without a mask; on a CPU it takes longer to look for why there is none
+        alike = lowest == highest and self.device.type != "cpu"
+        mask = self.masks.decode(rows.positions, columns, alike, self.dtype)
+        yield from self._advance(self._hidden(rows.newest[:, None], mask, rows.positions[:, None])[:, -1], first=0)
 
     def _hidden(self, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
         """Last hidden states `[n, tokens, H]` of ids `[n, tokens]`, whose keys and values are kept."""
-        with self.attention():
-            return self.policy.hidden(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-            )
+        return self.policy.hidden(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
 
     def _advance(self, hidden: Tensor, first: int) -> Iterator[Response]:
         """Draw a token of the rows from `first` on, given their last hidden states; those that have finished."""
@@ -132,8 +132,11 @@ class Decoder:
         assert rows is not None
         number = torch.arange(first, len(rows), device=self.device)
         length = rows.lengths[first:]
-        token, log_prob = choose(self.policy.logits(hidden), rows.uniforms[number, length], self.sampling)
+        token, log_prob = choose(
+            self.policy.logits(hidden, self.head), rows.uniforms[number, length], self.sampling
+        )
         rows.tokens[number, length], rows.log_probs[number, length] = token, log_prob
+        rows.newest[first:] = token
         length += 1
         stopped = torch.isin(token, self.eos)
         if self.sampling.stop:
@@ -185,6 +188,7 @@ class Decoder:
         return _Rows(
             requests,
             torch.zeros(shape, dtype=torch.long, device=self.device),
+            torch.zeros(shape[0], dtype=torch.long, device=self.device),
             torch.zeros(shape, dtype=self.policy.logits_dtype, device=self.device),
             torch.from_numpy(noise).to(self.device),
             torch.zeros(shape[0], dtype=torch.long, device=self.device),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sppo_lightning.batch import PromptBatch
+from sppo_lightning.engines.decode_attention import decode_attention_in
 from sppo_lightning.engines.decoding import Decoder
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling
@@ -58,14 +59,15 @@ class HFEngine(Engine):
         longest = len(batch.token_ids[waiting[-1]]) + sampling.max_new_tokens
         rows = max(samples, min(self.max_rows, self.max_tokens // longest, len(batch) * samples))
         decoder = Decoder(self.policy, batch, sampling, rows, self.version)
-        while waiting or decoder.active is not None:
-            # a prefill of a few rows takes as long as a step of many, so it waits until it is worth it
-            if waiting and (decoder.active is None or decoder.free >= max(samples, rows // 8)):
-                chosen = self._prefilled_next(batch, waiting, decoder.free // samples)
-                waiting = waiting[len(chosen) :]
-                yield from decoder.admit(chosen)
-            if decoder.active is not None:
-                yield from decoder.step()
+        with decode_attention_in(self.policy.model):
+            while waiting or decoder.active is not None:
+                # a prefill of a few rows takes as long as a step of many, so it waits until it is worth it
+                if waiting and (decoder.active is None or decoder.free >= max(samples, rows // 8)):
+                    chosen = self._prefilled_next(batch, waiting, decoder.free // samples)
+                    waiting = waiting[len(chosen) :]
+                    yield from decoder.admit(chosen)
+                if decoder.active is not None:
+                    yield from decoder.step()
 
     def _prefilled_next(self, batch: PromptBatch, waiting: list[int], most: int) -> list[int]:
         """The first of the waiting prompts, shortest first, that are few enough for one prefill."""

@@ -54,9 +54,12 @@ class CausalLMPolicy(PretrainedModule):
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, H]` hidden states to `[n, V]` logits, before the temperature; for a decoding step."""
-        head = self.head()
+    def logits(self, hidden: Tensor, head: dict[str, Any] | None = None) -> Tensor:
+        """`[n, H]` hidden states to `[n, V]` logits, before the temperature; for a decoding step.
+
+        `head` is what `self.head()` gives, for those who ask many times.
+        """
+        head = self.head() if head is None else head
         logits = nn.functional.linear(hidden, head["weight"], head["bias"]).to(self.logits_dtype) * head["scale"]
         return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
 
@@ -118,9 +121,9 @@ class AdapterFreePolicy(CausalLMPolicy):
         """The policy's: adapters leave the output embedding alone."""
         return self.policy.head()
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: dict[str, Any] | None = None) -> Tensor:
         """The policy's, of hidden states."""
-        return self.policy.logits(hidden)
+        return self.policy.logits(hidden, head)
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states of the base weights."""
