@@ -9,21 +9,17 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from sppo_lightning.batch import Prompt, PromptBatch, Rollouts, Scores
 from sppo_lightning.callbacks.early_scores import EarlyScores
-from sppo_lightning.errors import InputError, check_option
+from sppo_lightning.errors import InputError
 from sppo_lightning.pipeline import Stage
-from sppo_lightning.routing import check_routes, check_together
+from sppo_lightning.routing import Role, Truncated, check_routes, check_settings, check_together
 
-Role = Literal["outcome", "shaping"]
-Truncated = Literal["scored", "unanswered"]
-
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
@@ -73,7 +69,7 @@ class Verifier(Stage):
         self.applies_to = None if applies_to is None else tuple(applies_to)
         self.only_if_correct = only_if_correct
         self.truncated = truncated
-        self._check_settings()
+        check_settings(self)
         if only_if_correct:
             self.requires = self.requires | {"scores"}  # type: ignore[misc]
         # only an outcome is a reward, which is what the module needs scores for
@@ -127,7 +123,8 @@ class Verifier(Stage):
         super().setup(trainer, pl_module, stage)
         verifiers = [other for other in callbacks if isinstance(other, Verifier)]
         check_together(self, verifiers)
-        check_routes(verifiers, getattr(trainer, "datamodule", None), stage)
+        if self is verifiers[0]:  # once for all of them
+            check_routes(verifiers, getattr(trainer, "datamodule", None), stage)
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Score the sampled responses, and the greedy ones where there are any."""
@@ -149,7 +146,7 @@ class Verifier(Stage):
     def _scores(self, rollouts: Rollouts) -> Scores:
         """The scores of N responses, of which `score` sees those that its verdict counts for."""
         applies = [self.applies(prompt) for prompt in rollouts.prompts]
-        asked = list(applies)
+        asked = applies
         if self.only_if_correct:
             asked = [a and b for a, b in zip(asked, rollouts.correct.tolist(), strict=True)]
         if self.truncated == "unanswered":
@@ -297,25 +294,3 @@ class Verifier(Stage):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Continue the running mean of a checkpoint."""
         self._total, self._number = state_dict["total"], state_dict["number"]
-
-    def _check_settings(self) -> None:
-        who = type(self).__name__
-        check_option(f"{who}.role", self.role, Role)
-        check_option(f"{who}.truncated", self.truncated, Truncated)
-        if self.applies_to is not None and not self.applies_to:
-            raise InputError(f"`{who}.applies_to`=[] names no data set; name one, or leave it out for all.")
-        if not math.isfinite(self.weight) or (self.role == "outcome" and self.weight <= 0):
-            raise InputError(
-                f"`{who}.weight`={self.weight} cannot weigh {self.role} scores; use a "
-                f"{'positive' if self.role == 'outcome' else 'finite'} number."
-            )
-        if not 0 <= self.max_failure_rate <= 1:
-            raise InputError(
-                f"`{who}.max_failure_rate`={self.max_failure_rate} is no share of a batch; "
-                "use a number from 0 to 1."
-            )
-        if not _NAME.fullmatch(self.name):
-            raise InputError(
-                f"`{who}.name`={self.name!r} cannot be part of a metric's name; "
-                "use letters, digits, '_', '-' and '.'."
-            )

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sppo_lightning.batch import PromptBatch
-from sppo_lightning.batching import MicroRows
+from sppo_lightning.batching import MicroRows, micro_batches
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
@@ -115,6 +115,10 @@ class PolicyModule(LightningModule):
         for i in range(most):
             rows = [MicroRows(g[i], True) if i < len(g) else MicroRows([0], False) for g in groupings]
             yield rows, 1.0 / (most * self.trainer.world_size), i == most - 1
+
+    def policy_groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Positions into `lengths`, in tokens, in groups within the budget of one of the policy's forwards."""
+        return micro_batches(lengths, self.micro_batch_tokens, self.policy.packs)
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch; ranks exchange gradients with the `last` one of a mini-batch only.

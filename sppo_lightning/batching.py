@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from sppo_lightning.errors import InputError
+
+_LEAST_START_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,58 @@ def mini_batches(rows: int, rows_per_mini_batch: int) -> list[range]:
     return [range(start, start + rows_per_mini_batch) for start in range(0, rows, rows_per_mini_batch)]
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of similar length so that `rows × longest` stays within `max_tokens`.
+def micro_batches(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
+    """Group rows so that no forward is of more than `max_tokens`, padding included.
 
     Args:
         lengths: Tokens of each row, prompt and response.
-        max_tokens: Token budget of one micro-batch, padding included; a single longer row is a micro-batch of
-            its own.
+        max_tokens: Token budget of one micro-batch; a single longer row is a micro-batch of its own.
+        packed: Whether rows are laid end to end, without padding.
 
     Returns:
         Positions into `lengths`, longest rows first, so that memory peaks at once and not later.
     """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    sizes = [lengths[i] for i in order]
+    groups = _filled(sizes, max_tokens) if packed else _cut(sizes, max_tokens)
+    return [[order[place] for place in group] for group in groups]
+
+
+def _cut(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Neighbours in groups of `rows × longest` tokens, for descending `sizes`: as few tokens in all as can be.
+
+    A group costs as much as some tokens besides, for what it takes to start a forward.
+    """
+    count, start_cost = len(sizes), max(max_tokens / 32, _LEAST_START_TOKENS)
+    cost = np.full(count + 1, np.inf)  # of the first rows, up to each
+    cost[0] = 0.0
+    cuts = np.zeros(count + 1, dtype=int)  # where the last group of these rows begins
+    for start, longest in enumerate(sizes):
+        most = max(1, max_tokens // longest) if longest else count
+        ends = np.arange(start + 1, min(count, start + most) + 1)
+        costs = cost[start] + (ends - start) * longest + start_cost
+        better = costs < cost[ends]
+        cost[ends[better]] = costs[better]
+        cuts[ends[better]] = start
     groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > max_tokens:
+    end = count
+    while end:
+        groups.append(list(range(cuts[end], end)))
+        end = cuts[end]
+    return groups[::-1]
+
+
+def _filled(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups of up to `max_tokens` in all, for descending `sizes`: few, and filled alike."""
+    wanted = -(-sum(sizes) // max_tokens)
+    groups: list[list[int]] = [[] for _ in range(wanted)]
+    filled = [0] * wanted
+    for place, size in enumerate(sizes):
+        least = min(range(len(groups)), key=filled.__getitem__)
+        if groups[least] and filled[least] + size > max_tokens:
+            least = len(groups)
             groups.append([])
-        groups[-1].append(row)
+            filled.append(0)
+        groups[least].append(place)
+        filled[least] += size
     return groups

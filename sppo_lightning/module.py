@@ -130,7 +130,7 @@ class SPPOModule(ActorCritic):
                 self.accumulate(total(policy_loss, self.kl_coef, kl_loss, value_loss, replay_loss), micro.last)
                 losses = {"policy/loss": policy_loss, "critic/loss": value_loss, "policy/kl": kl_loss}
                 losses["critic/replay_loss"] = replay_loss
-                count_micro_batch(meter, micro, losses, stats | weights, log_probs, entropy, self.global_step)
+                count_micro_batch(self, meter, micro, losses, stats | weights, log_probs, entropy)
             for name, norm in self.step_optimizer(self.moving_modules()).items():
                 meter.add(f"{name}/grad_norm", norm)
         self.report(meter, experience, self.remember(outcomes, experience))
@@ -203,7 +203,7 @@ class SPPOModule(ActorCritic):
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
         lengths = rollouts.lengths
-        groups = micro_batches([lengths[row] for row in rows], self.micro_batch_tokens)
+        groups = self.policy_groups([lengths[row] for row in rows])
         return [[rows[i] for i in group] for group in groups]
 
     def global_counts(self, update: Experience, replayed: Replayed | None) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def build_optimizer(
         }
         for name, (module, settings) in modules.items()
     ]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     shares = [_share_of_peak(schedule, settings.warmup_updates, total_updates) for _, settings in modules.values()]
     return optimizer, LambdaLR(optimizer, shares)
 

@@ -1,15 +1,46 @@
-"""Which verifier scores which response: checked before the first one is sampled."""
+"""Verifiers' settings, and which of them scores which response: checked before the first one is sampled."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sppo_lightning.batch import Prompt
-from sppo_lightning.errors import InputError, nearest
+from sppo_lightning.errors import InputError, check_option, nearest
 
 if TYPE_CHECKING:
     from sppo_lightning.callbacks.verifier import Verifier
+
+Role = Literal["outcome", "shaping"]
+Truncated = Literal["scored", "unanswered"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def check_settings(verifier: Verifier) -> None:
+    """Raise `InputError` for a setting of every verifier that cannot be used."""
+    who = type(verifier).__name__
+    check_option(f"{who}.role", verifier.role, Role)
+    check_option(f"{who}.truncated", verifier.truncated, Truncated)
+    if verifier.applies_to is not None and not verifier.applies_to:
+        raise InputError(f"`{who}.applies_to`=[] names no data set; name one, or leave it out for all.")
+    if not math.isfinite(verifier.weight) or (verifier.role == "outcome" and verifier.weight <= 0):
+        raise InputError(
+            f"`{who}.weight`={verifier.weight} cannot weigh {verifier.role} scores; use a "
+            f"{'positive' if verifier.role == 'outcome' else 'finite'} number."
+        )
+    if not 0 <= verifier.max_failure_rate <= 1:
+        raise InputError(
+            f"`{who}.max_failure_rate`={verifier.max_failure_rate} is no share of a batch; "
+            "use a number from 0 to 1."
+        )
+    if not _NAME.fullmatch(verifier.name):
+        raise InputError(
+            f"`{who}.name`={verifier.name!r} cannot be part of a metric's name; "
+            "use letters, digits, '_', '-' and '.'."
+        )
 
 
 def check_together(verifier: Verifier, verifiers: Sequence[Verifier]) -> None:

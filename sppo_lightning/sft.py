@@ -9,7 +9,6 @@ from torch import nn
 
 from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import PromptBatch, Rollouts
-from sppo_lightning.batching import micro_batches
 from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.meter import Meter
@@ -48,7 +47,7 @@ class SFTModule(PolicyModule):
         examples = self.demonstrations(batch)
         count = examples.response_mask.sum()
         tokens = self.trainer.strategy.reduce(count, reduce_op="sum").clamp(min=1.0)
-        for [rows], _, last in self.in_step(micro_batches(examples.lengths, self.micro_batch_tokens)):
+        for [rows], _, last in self.in_step(self.policy_groups(examples.lengths)):
             log_probs, entropy = self.policy(examples.rows(rows.index))
             mask = examples.response_mask[rows.index].bool() & rows.counts
             self.accumulate(-log_probs[mask].sum() / tokens, last)

@@ -14,26 +14,26 @@ from sppo_lightning.meter import Meter
 
 
 def count_micro_batch(
+    module: Any,
     meter: Meter,
     micro: MicroBatch,
     losses: Mapping[str, Tensor | None],
     stats: Mapping[str, Tensor],
     log_probs: Tensor,
     entropy: Tensor,
-    version: int,
 ) -> None:
     """Add one micro-batch to the iteration's metrics.
 
     Statistics of the policy are means over the tokens of its forward, so over rows with an advantage.
 
     Args:
+        module: Whose weights, of `global_step`, these are.
         meter: What is added to.
         micro: The rows.
         losses: Shares of the mini-batch's losses by metric name; None for one that there is not.
         stats: The objective's means over tokens.
         log_probs: `[N, T]`, nats.
         entropy: `[N, T]`, nats.
-        version: `global_step` of the present weights.
     """
     for name, loss in losses.items():
         if loss is not None:
@@ -46,7 +46,10 @@ def count_micro_batch(
         meter.add(f"policy/{name}", value, tokens)
     meter.add("policy/entropy", entropy[mask].mean(), tokens)
     rollouts = micro.policy.rollouts
-    fresh = mask & (rollouts.policy_versions == version)[:, None]  # of the weights that sampled them
+    lengths = rollouts.prompt_mask.sum(1) + rollouts.response_mask.sum(1)
+    computed = lengths.sum() if module.policy.packs else lengths.max() * len(rollouts)
+    meter.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
+    fresh = mask & (rollouts.policy_versions == module.global_step)[:, None]  # of the weights that sampled them
     gap = (log_probs.detach() - rollouts.sampled_log_probs).abs()[fresh].mean()
     meter.add("sampler/logprob_gap", gap, fresh.sum())
 

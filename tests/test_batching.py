@@ -54,16 +54,42 @@ def test_interleaved_ranks_share_each_mini_batch():
     ("lengths", "budget", "expected"),
     [
         ([3, 5, 2], 100, [[1, 0, 2]]),
-        ([3, 5, 2], 10, [[1, 0], [2]]),  # 2 rows × 5 tokens fill the budget
+        ([3, 5, 2], 10, [[1], [0, 2]]),  # 2 × 5 + 2 would fit as well, and is a token of padding more
         ([3, 5, 2], 9, [[1], [0, 2]]),  # 2 × 5 would not fit, 2 × 3 does
         ([3, 5, 2], 1, [[1], [0], [2]]),  # a row longer than the budget stands alone
-        ([4, 4, 4], 8, [[0, 1], [2]]),  # equal rows keep their order
+        ([4, 4, 4], 8, [[0], [1, 2]]),  # equal rows keep their order
+        ([100, 1, 1, 1], 400, [[0], [1, 2, 3]]),  # another forward costs less than 297 tokens of padding
+        ([50, 30, 30, 30], 400, [[0, 1, 2, 3]]),  # and more than 60
         ([0, 0], 1, [[0, 1]]),
         ([], 8, []),
     ],
 )
 def test_micro_batches(lengths: list[int], budget: int, expected: list[list[int]]):
     assert micro_batches(lengths, budget) == expected
+
+
+def test_packed_rows_fill_the_budget_alike():
+    assert micro_batches([3, 5, 2], 10, packed=True) == [[1, 0, 2]]
+    assert micro_batches([3, 5, 2, 4], 8, packed=True) == [[1, 2], [3, 0]]
+    assert micro_batches([9, 1], 8, packed=True) == [[0], [1]]  # the longer one stands alone
+    assert micro_batches([], 8, packed=True) == []
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 400) for _ in range(200)]
+    groups = micro_batches(lengths, 4096, packed=True)
+    assert sorted(i for group in groups for i in group) == list(range(200))
+    filled = [sum(lengths[i] for i in group) for group in groups]
+    assert len(groups) == -(-sum(lengths) // 4096)
+    assert max(filled) <= 4096
+    assert min(filled) > 0.98 * max(filled)
+
+
+def test_padding_stays_small_on_lengths_as_reasoning_models_have_them():
+    draw = random.Random(0)
+    lengths = [150 + min(round(draw.lognormvariate(7.3, 0.8)), 8192) for _ in range(128)]
+    groups = micro_batches(lengths, 16384)
+    computed = sum(len(group) * lengths[group[0]] for group in groups)
+    assert 1 - sum(lengths) / computed < 0.03
+    assert len(groups) < 1.75 * sum(lengths) / 16384
 
 
 def test_micro_batches_hold_each_row_once_within_the_budget():

@@ -20,7 +20,7 @@ class AttentionMasks:
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        layers = DynamicCache(config=config).layers
+        layers: list[Any] = DynamicCache(config=config).layers
         self.windows: dict[str, int | None] = {
             "sliding_attention" if layer.is_sliding else "full_attention": getattr(layer, "sliding_window", None)
             for layer in layers

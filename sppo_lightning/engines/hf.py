@@ -59,7 +59,8 @@ class HFEngine(Engine):
         longest = len(batch.token_ids[waiting[-1]]) + sampling.max_new_tokens
         rows = max(samples, min(self.max_rows, self.max_tokens // longest, len(batch) * samples))
         decoder = Decoder(self.policy, batch, sampling, rows, self.version)
-        with decode_attention_in(self.policy.model):
+        # compiled blocks would be compiled anew for each length of the cache
+        with decode_attention_in(self.policy.model), torch.compiler.set_stance("force_eager"):
             while waiting or decoder.active is not None:
                 # a prefill of a few rows takes as long as a step of many, so it waits until it is worth it
                 if waiting and (decoder.active is None or decoder.free >= max(samples, rows // 8)):

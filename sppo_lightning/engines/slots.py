@@ -65,7 +65,7 @@ class SlotCache(Cache):
         if moved:
             former = [order[row] for row in moved]
             for layer in self.layers:
-                layer.move(former, moved, self.width)  # type: ignore[attr-defined]
+                layer.move(former, moved, self.width)  # type: ignore[union-attr]
         self.used = len(order)
         return order
 

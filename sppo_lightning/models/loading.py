@@ -159,14 +159,14 @@ def recompute_layers(model: nn.Module, setting: str) -> None:
 
     transformers' own switch works in training mode alone, which would turn dropout on and the sampler's cache off.
     """
-    layers = _layers(model)
-    if not layers:
-        raise InputError(
-            f"`{setting}.gradient_checkpointing`=True: {type(model).__name__} has no blocks that transformers can "
-            "recompute; set it to false."
-        )
-    for layer in layers:
+    for layer in _layers(model, f"{setting}.gradient_checkpointing"):
         layer.forward = partial(_recomputed, layer.forward)
+
+
+def compile_layers(model: nn.Module, setting: str) -> None:
+    """Compile each block of `model` for any number of rows and tokens; names of weights stay as they are."""
+    for layer in _layers(model, f"{setting}.compile"):
+        layer.compile(dynamic=True)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,5 +200,12 @@ def check_exists(name: str, setting: str) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+def _layers(model: nn.Module, setting: str) -> list[nn.Module]:
+    """The blocks that `setting` is about; raises where there are none."""
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(
+            f"`{setting}`=True: {type(model).__name__} has no blocks that transformers tells apart; set it "
+            "to false."
+        )
+    return layers

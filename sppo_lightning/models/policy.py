@@ -19,10 +19,27 @@ from sppo_lightning.models.pretrained import PretrainedModule
 
 
 class CausalLMPolicy(PretrainedModule):
-    """Any Hugging Face causal language model as the policy."""
+    """Any Hugging Face causal language model as the policy.
+
+    Args:
+        packed: Lay the rows of a micro-batch end to end, without padding, where positions that start anew keep them
+            apart; where left out, with flash attention on CUDA.
+        **settings: Those of every model: see `PretrainedModule`.
+    """
 
     setting = "model.policy"
     auto_class = AutoModelForCausalLM
+
+    def __init__(self, *args: Any, packed: bool | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.packed = packed
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are laid end to end, see `packed`; only flash attention does no more work then."""
+        if self.packed is not None:
+            return self.packed
+        return "flash" in str(self.model.config._attn_implementation) and self.device.type == "cuda"
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -77,14 +94,23 @@ class CausalLMPolicy(PretrainedModule):
         """Log-probabilities and entropies of the response tokens, both `[N, T]`, nats, zero off the mask.
 
         They are of the distribution that was sampled from: logits divided by `rollouts.temperature`. Rows are
-        laid flush left, `prompt | response | padding`, so causal attention needs no mask, and only the hidden
-        states that predict a response token meet the output embedding.
+        laid flush left, `prompt | response | padding`, so causal attention needs no mask, or end to end where
+        `packs`; only the hidden states that predict a response token meet the output embedding.
         """
-        ids, lengths = flush_left(rollouts)
-        hidden = self.hidden(input_ids=ids, use_cache=False)  # [N, L, H]
+        ids, lengths, totals = flush_left(rollouts)
         row, token = rollouts.response_mask.nonzero(as_tuple=True)  # the M response tokens
+        place = lengths[row] + token - 1  # of the token before, in its row
+        if self.packs:
+            used = torch.arange(ids.shape[1], device=ids.device) < totals[:, None]
+            starts = totals.cumsum(0) - totals
+            # positions that start anew tell the attention where a row ends
+            positions = used.long().cumsum(1)[used] - 1
+            hidden = self.hidden(input_ids=ids[used][None], position_ids=positions[None], use_cache=False)[0]
+            hidden = hidden[starts[row] + place]
+        else:
+            hidden = self.hidden(input_ids=ids, use_cache=False)[row, place]  # of [N, L, H]
         log_probs, entropy = selected_log_probs(
-            hidden[row, lengths[row] + token - 1],
+            hidden,
             targets=rollouts.response_ids[row, token],
             temperature=rollouts.temperature,
             **self.head(),
@@ -136,11 +162,11 @@ class AdapterFreePolicy(CausalLMPolicy):
             return self.policy(rollouts)
 
 
-def flush_left(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """Rows as `prompt | response | padding`: ids `[N, L]`, and the prompts' lengths `[N]`."""
+def flush_left(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as `prompt | response | padding`: ids `[N, L]`, the prompts' lengths `[N]` and the rows' `[N]`."""
     prompt_lengths = rollouts.prompt_mask.sum(1).long()
     totals = prompt_lengths + rollouts.response_mask.sum(1).long()
     both = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     first = rollouts.prompt_ids.shape[1] - prompt_lengths  # where the left padding ends
     columns = first[:, None] + torch.arange(int(totals.max()), device=both.device)
-    return both.gather(1, columns.clamp(max=both.shape[1] - 1)), prompt_lengths
+    return both.gather(1, columns.clamp(max=both.shape[1] - 1)), prompt_lengths, totals

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.adapters import LoRA, add_adapters
-from sppo_lightning.models.loading import load_model, load_tokenizer, recompute_layers
+from sppo_lightning.models.loading import compile_layers, load_model, load_tokenizer, recompute_layers
 
 
 class PretrainedModule(nn.Module):
@@ -25,6 +25,8 @@ class PretrainedModule(nn.Module):
         attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2`; its default when
             left out.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        compile: Compile each block with `torch.compile`, for the update: worth the first minutes for a large model
+            on a GPU.
         trust_remote_code: Run Python code that comes with the model.
         lora: Train low-rank adapters, and a critic's value head, in place of all weights; needs the extra `lora`.
     """
@@ -39,6 +41,7 @@ class PretrainedModule(nn.Module):
         config: dict[str, Any] | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         trust_remote_code: bool = False,
         lora: LoRA | None = None,
     ) -> None:
@@ -48,6 +51,7 @@ class PretrainedModule(nn.Module):
         self.config = config
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile
         self.trust_remote_code = trust_remote_code
         self.lora = lora
         self.model: Any = None  # the transformers model, once `build` has run
@@ -82,6 +86,8 @@ class PretrainedModule(nn.Module):
         self.prepare_head(info)
         if self.lora is not None:
             add_adapters(self.model, self.lora, self.setting, self.head_weights())
+        if self.compile_blocks:
+            compile_layers(self.model, self.setting)
 
     def adapt_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config to load the model with, given its own."""

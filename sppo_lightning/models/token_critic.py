@@ -38,7 +38,7 @@ class TokenCritic(Critic):
 
     def outputs(self, rollouts: Rollouts) -> Tensor:
         """`[N, T]`, before each response token; anything off the mask."""
-        ids, prompt_lengths = flush_left(rollouts)
+        ids, prompt_lengths, _ = flush_left(rollouts)
         steps = torch.arange(rollouts.response_ids.shape[1], device=ids.device)
         before = (prompt_lengths[:, None] - 1 + steps).clamp(max=ids.shape[1] - 1)
         return self(ids).gather(1, before)

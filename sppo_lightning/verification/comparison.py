@@ -128,17 +128,16 @@ class Comparison:
             values = [side for side in answer if not is_name(side, gold[0])] or answer[1:]
             return _all(self.agree(side, gold[0]) for side in values)
         if len(answer) == 1:
-            values = [side for side in gold if not is_name(side, "")] or gold[1:]
+            values = [side for side in gold if not is_name(side)] or gold[1:]
             return self.agree(answer[0], values[0]) if len(values) == 1 else False
         if len(gold) > 2 or len(answer) > 2:
             return False
         answer, gold = (
-            sides[::-1] if is_name(sides[1], "") and not is_name(sides[0], "") else sides
-            for sides in (answer, gold)
+            sides[::-1] if is_name(sides[1]) and not is_name(sides[0]) else sides for sides in (answer, gold)
         )
-        if answer[0] == gold[0] and is_name(gold[0], ""):
+        if answer[0] == gold[0] and is_name(gold[0]):
             return self.agree(answer[1], gold[1])
-        if is_name(answer[0], "") and is_name(gold[0], "") and exact_number(answer[1]) is not None:
+        if is_name(answer[0]) and is_name(gold[0]) and exact_number(answer[1]) is not None:
             return False  # x=5 is not y=5
         left, right = "=".join(answer), "=".join(gold)
         return False if is_refused(left, right) else self.leaf(left, right)

@@ -50,6 +50,8 @@ _COMMAND = re.compile(r"\\[A-Za-z]+ ?|\\[^A-Za-z]|[~*÷]")
 _DELIMITERS = re.compile(r"\$\$(.*)\$\$|\$([^$]*[^\\$])\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
 _TAKES = re.compile(r"\\(?:frac|binom|sqrt)(?![A-Za-z])")
+_NESTED = re.compile(r"\\(?:sqrt|frac)(?![A-Za-z])")  # what may itself be an argument without braces
+_TOKEN = re.compile(r"\\[A-Za-z]+|[0-9A-Za-z]")
 _INFIX = re.compile(
     r"\{(?P<over>[^{}]+)\\(?P<name>over|choose)(?![A-Za-z])(?P<under>[^{}]+)\}"
     r"|^(?P<whole_over>[^{}]+)\\(?P<whole_name>over|choose)(?![A-Za-z])(?P<whole_under>[^{}]+)$"
@@ -182,12 +184,12 @@ def _argument(text: str, at: int) -> tuple[str, int]:
     if text[at : at + 1] == "{":
         close = _closing(text, at)
         return text[at + 1 : close], close + 1
-    if match := re.compile(r"\\(?:sqrt|frac)(?![A-Za-z])").match(text, at):
+    if match := _NESTED.match(text, at):
         end = match.end()
         for _ in range(_ARGUMENTS[match.group()]):
             _, end = _argument(text, end)
         return text[at:end], end
-    token = re.compile(r"\\[A-Za-z]+|[0-9A-Za-z]").match(text, at)
+    token = _TOKEN.match(text, at)
     if token is None:
         raise Malformed("a command lacks an argument")
     return token.group(), token.end()

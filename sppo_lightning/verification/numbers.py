@@ -151,9 +151,11 @@ def _singular(word: str) -> str:
     )
 
 
+_KNOWN_UNITS = frozenset(_UNITS.values())
+
+
 def _is_known(name: str) -> bool:
-    known = set(_UNITS.values())
-    return all(part.rstrip("0123456789") in known for part in name.split("/"))
+    return all(part.rstrip("0123456789") in _KNOWN_UNITS for part in name.split("/"))
 
 
 _BASED = re.compile(

@@ -57,8 +57,8 @@ _OPERATORS = frozenset("+-*/^")
 # words that compute something, or say that the number beside them is not the whole of its side
 _PARTIAL = re.compile(
     r"(?i)\b(?:of|mod|modulo|times|plus|minus|over|divided|multiplied|by|than|to|into|from|sqrt|root|sin|cos|tan|log|ln"
-    r"|exp|gcd|lcm|max|min|floor|ceil|abs|choose|squared|cubed|square|cube|twice|double|triple|percent|pi|remainder|rem|with|base|hundred|thousand"
-    r"|million|billion|trillion|dozen|half|rounded|approximately|approx|about|between|factorial|negative|quotient)\b"
+    r"|exp|gcd|lcm|max|min|floor|ceil|abs|choose|squared|cubed|square|cube|twice|double|triple|percent|pi"
+    r"|remainder|rem|with|base|hundred|thousand|million|billion|trillion|dozen|half|rounded|approximately|approx|about|between|factorial|negative|quotient)\b"
 )
 _CONNECTIVE = re.compile(r"(?i)\b(?:and|so|then|but|which|hence|thus|now|because|since|while|where)\b")
 

@@ -210,7 +210,7 @@ _NO_NAME = re.compile(
 _PLAIN_NAME = re.compile(r"(?:[A-Za-z]'*|\\[a-z]+ ?)(?:_\{[^{}]*\})?(?:\([A-Za-z0-9,+-]*\))?|\\text\{[A-Za-z ]+\}")
 
 
-def is_name(side: str, value: str) -> bool:
+def is_name(side: str, value: str = "") -> bool:
     r"""Whether a side of an equation names what the other side says: `x`, `f(2)`, `m+n`, `\angle A`, `|S|`.
 
     Where `value`, what is sought, has unknowns itself, only a plain name is one: `xy=2x` is no statement of 2x.
@@ -253,7 +253,7 @@ def as_group(items: Sequence[str]) -> Group | None:
     if all(map(relation_of, items)):
         return Group("union", tuple(items))  # x < 1 or x > 5
     sides = [split(item, "=") for item in items]
-    if all(len(each) == 2 and is_name(each[0], "") for each in sides):
+    if all(len(each) == 2 and is_name(each[0]) for each in sides):
         if len({re.sub(r"_.*", "", name) for name, _ in sides}) == len(sides) > 1:
             return Group("named", tuple(items))  # x=1, y=2
         return Group("list", tuple(value for _, value in sides))  # x=1, x=2

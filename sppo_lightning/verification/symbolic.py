@@ -149,7 +149,7 @@ def _closed(expression: Any) -> Any:
         expression = expression.doit()
     names = {each: sympy.Symbol(str(each)) for each in expression.atoms(AppliedUndef)}
     expression = expression.xreplace(names)
-    expression = expression.replace(_is_odd_root, lambda power: -(((-power.base) ** power.exp) ** 1))
+    expression = expression.replace(_is_odd_root, lambda power: -((-power.base) ** power.exp))
     units = {each: sympy.I for each in expression.free_symbols if str(each) == "i"}
     return expression.subs(units) if units else expression
 

@@ -47,6 +47,47 @@ def test_log_probs_are_those_of_the_models_own_logits(family: str, temperature: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_rows_end_to_end_are_the_same_as_padded_ones(family: str):
+    policy = FamilyPolicy(family).double()
+    rollouts = rollouts_of(policy, 0.7)
+    gradients = []
+    for policy.packed in (False, True):
+        log_probs, entropy = policy(rollouts)
+        (log_probs.square().sum()).backward()
+        gradients.append(
+            [log_probs.detach(), entropy] + [p.grad for p in policy.parameters() if p.grad is not None]
+        )
+        policy.zero_grad()
+    for padded, packed in zip(*gradients, strict=True):
+        # some families compute parts in float32 whatever the weights are
+        torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_compiled_blocks_compute_the_same(gradient_checkpointing: bool):
+    plain = make_policy()
+    compiled = make_policy()
+    compiled.compile_blocks = True
+    compiled.gradient_checkpointing, compiled.model = gradient_checkpointing, None
+    compiled.build()
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    compiled.load_state_dict(plain.state_dict())
+    for policy in (plain, compiled):
+        policy(rollouts_of(policy, 0.7))[0].sum().backward()
+    for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
+    engine, texts = HFEngine(), []
+    for policy in (plain, compiled):
+        engine.update_weights(policy, 0)
+        texts.append(engine.generate(make_batch(policy, list(PAIRS)), Sampling(max_new_tokens=6)).responses)
+    assert texts[0] == texts[1]
+    copied = compiled.as_reference()
+    torch.testing.assert_close(copied(rollouts_of(copied, 0.7))[0], plain(rollouts_of(plain, 0.7))[0].detach())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_a_decoding_step(family: str):
     policy = FamilyPolicy(family)
     ids = torch.tensor([policy.tokenizer("9 - 4 = ; a b c")["input_ids"]])
@@ -141,6 +182,6 @@ def test_gradient_checkpointing_of_a_model_without_blocks():
     with pytest.raises(InputError) as raised:
         again.build()
     assert str(raised.value) == (
-        "`model.policy.gradient_checkpointing`=True: Qwen2ForCausalLM has no blocks that transformers can recompute; "
+        "`model.policy.gradient_checkpointing`=True: Qwen2ForCausalLM has no blocks that transformers tells apart; "
         "set it to false."
     )

@@ -15,16 +15,20 @@ SHARED = {
     "config": (None, "Build a model with random weights"),
     "attn_implementation": (None, "Attention of transformers"),
     "gradient_checkpointing": (False, "Recompute activations in the backward pass"),
+    "compile": (False, "Compile each block"),
     "trust_remote_code": (False, "Run Python code that comes with the model"),
     "lora": (None, "Train low-rank adapters"),
 }
+POLICY = {"packed": (None, "Lay the rows of a micro-batch end to end")}
 OWN = {
     "max_prompt_tokens": (2048, "Longer prompts lose their beginning"),
     "freeze_backbone": (False, "Train the value head alone"),
 }
 
 
-@pytest.mark.parametrize(("component", "settings"), [(CausalLMPolicy, SHARED), (PromptCritic, SHARED | OWN)])
+@pytest.mark.parametrize(
+    ("component", "settings"), [(CausalLMPolicy, SHARED | POLICY), (PromptCritic, SHARED | OWN)]
+)
 def test_the_command_line_has_every_setting_with_its_help(component: type, settings: dict[str, tuple[object, str]]):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(component)

@@ -109,10 +109,10 @@ def test_a_tolerance_is_relative_and_only_where_it_is_asked_for():
     ],
 )
 def test_long_answers_are_decided_fast_and_without_an_exception(text: str):
-    start = time.perf_counter()
+    start = time.process_time()
     for gold in ("5", r"\{1,2\}", "x=5", r"\text{east}", "(1,2)"):
         try:
             assert agree(text, gold) is not True
         except Malformed:
             continue
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5

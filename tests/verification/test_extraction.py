@@ -88,6 +88,6 @@ def test_boxes_side_by_side_are_one_answer(response: str, expected: str):
     ],
 )
 def test_extraction_is_linear(text: str):
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text)
-    assert time.perf_counter() - start < 5.0  # quadratic time would take minutes; a busy machine, not so long
+    assert time.process_time() - start < 0.5

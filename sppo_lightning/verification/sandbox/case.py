@@ -94,7 +94,7 @@ def _finish(names: dict[str, Any], stdout: TextIO) -> None:
     ):
         try:  # noqa: SIM105
             step()
-        except Exception:
+        except Exception:  # what a submission left to run may raise anything, and the next step is due all the same
             pass
 
 
