@@ -151,7 +151,7 @@ class Verifier(Stage):
             asked = [a and b for a, b in zip(asked, rollouts.correct.tolist(), strict=True)]
         if self.truncated == "unanswered":
             asked = [a and why != "length" for a, why in zip(asked, rollouts.finish_reasons, strict=True)]
-        values = torch.full((len(rollouts),), math.nan, device=rollouts.response_mask.device)
+        values = torch.full((len(rollouts),), math.nan, dtype=torch.float32, device=rollouts.response_mask.device)
         if self.role == "shaping":
             applies = asked
         else:

@@ -29,10 +29,11 @@ class TorchSettings:
             torch.get_autocast_dtype(kind),
         )
 
-    def adopt(self) -> None:
-        """Give this thread the same, but for autocast, which is a context: see `precision`."""
+    def adopt(self, *, new_process: bool = False) -> None:
+        """Give this thread, or this new process, the same but for autocast, which is a context: see `precision`."""
         torch.set_num_threads(self.threads)
-        torch.set_default_dtype(self.default_dtype)
+        if new_process:  # the default is the whole process's: set in a thread, it may outlast who asked for it
+            torch.set_default_dtype(self.default_dtype)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 

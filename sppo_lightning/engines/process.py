@@ -227,7 +227,7 @@ def _serve(connection: Connection, engine: Engine) -> None:
 
 
 def _answer(connection: Connection, engine: Engine, policy: CausalLMPolicy, request: _Request) -> None:
-    request.settings.adopt()
+    request.settings.adopt(new_process=True)
     engine.update_weights(policy, request.version)
     with seeded(request.seed), request.settings.precision():
         for response in engine.stream(request.batch, request.sampling):

@@ -88,6 +88,9 @@ def test_boxes_side_by_side_are_one_answer(response: str, expected: str):
     ],
 )
 def test_extraction_is_linear(text: str):
-    start = time.process_time()
-    extract_answer(text)
-    assert time.process_time() - start < 0.5
+    def seconds() -> float:
+        start = time.thread_time()
+        extract_answer(text)
+        return time.thread_time() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5  # Python collects garbage when it likes

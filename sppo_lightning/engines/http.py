@@ -1,0 +1,73 @@
+"""JSON over HTTP to a server that may be slow, restarting or gone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+
+from sppo_lightning.errors import InputError
+
+
+class Refused(RuntimeError):
+    """The server understood and said no (status 4xx): asking again is of no use."""
+
+
+class Unreachable(RuntimeError):
+    """The server did not answer, or failed (status 5xx): another one, or a later moment, may do."""
+
+
+class JSONClient:
+    """Requests to one server; each thread keeps a connection of its own.
+
+    Args:
+        url: `http://host:port` or `https://host:port`.
+        timeout_seconds: For the server's answer to one request.
+    """
+
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"`servers`={url!r} is no address of a server; use such as http://127.0.0.1:8000.")
+        self.url = url.rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self._parts = parts
+        self._local = threading.local()
+
+    def get(self, path: str) -> Any:
+        """The answer to GET, decoded; None where it is empty."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The answer to POST with a JSON body, decoded; None where it is empty."""
+        return self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: Any) -> Any:
+        content = None if body is None else json.dumps(body)
+        try:
+            connection = self._connection()
+            connection.request(
+                method, self._parts.path.rstrip("/") + path, content, {"Content-Type": "application/json"}
+            )
+            answer = connection.getresponse()
+            text = answer.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            self._local.connection = None
+            raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
+        if answer.status >= 400:
+            kind = Refused if answer.status < 500 else Unreachable
+            raise kind(f"{self.url}{path} answers {answer.status}: {text[:500]}")
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError as error:
+            raise Refused(f"{self.url}{path} answers something that is no JSON: {text[:200]!r}") from error
+
+    def _connection(self) -> http.client.HTTPConnection:
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+            connection = kind(self._parts.hostname or "", self._parts.port, timeout=self.timeout_seconds)
+            self._local.connection = connection
+        return connection

@@ -1,0 +1,202 @@
+"""Sampling with vLLM servers, on other GPUs or other machines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.engines.engine import Engine, Response
+from sppo_lightning.engines.http import JSONClient, Refused, Unreachable
+from sppo_lightning.engines.sampling import Sampling, request_seed, run_seed
+from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, announce
+from sppo_lightning.errors import InputError
+from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.ranks import gather_objects, rank_and_ranks
+
+_POLL_SECONDS = 1.0  # between two looks at a server that is starting
+
+
+class VLLMServerEngine(Engine):
+    """Spreads requests over vLLM servers, and sends them the weights after each update.
+
+    The first time, it prepares what a server starts with and waits for all of them; it prints the command. Each
+    response says which weights sampled it, and one of other weights than the present ones ends the run. A server
+    that stops answering is left out with a warning, and its requests go to the others.
+
+    Args:
+        servers: Addresses.
+        transfer: How weights get there; through a folder by default.
+        max_requests: Most requests under way at once, over all servers.
+        timeout_seconds: For the answer to one request.
+        start_timeout_seconds: For all servers to be there.
+        retries: How often a request is repeated that got no answer.
+    """
+
+    samples_elsewhere: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        servers: Sequence[str] = ("http://127.0.0.1:8000",),
+        transfer: WeightTransfer | None = None,
+        max_requests: int = 256,
+        timeout_seconds: float = 600.0,
+        start_timeout_seconds: float = 600.0,
+        retries: int = 3,
+    ) -> None:
+        if not servers:
+            raise InputError("`servers`=[] of VLLMServerEngine leaves nobody to ask; name one or more.")
+        if max_requests < 1:
+            raise InputError(f"`max_requests`={max_requests} of VLLMServerEngine asks nothing; use 1 or more.")
+        self.servers = [JSONClient(url, timeout_seconds) for url in servers]
+        self.transfer = transfer or FolderTransfer()
+        self.max_requests = max_requests
+        self.start_timeout_seconds = start_timeout_seconds
+        self.retries = retries
+        self._sent: Any = None  # the state of the weights that the servers have
+        self._label = ""  # what the servers call them
+        self._transfers = 0
+
+    def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
+        """Send the weights, unless the servers have them; a collective, of which rank 0 does the sending."""
+        rank, _ = rank_and_ranks()
+        if rank == 0:
+            if self.policy is None:
+                self._wait_for_servers(self.transfer.prepare(policy))
+            # each change of a tensor in place raises its counter
+            state = [(parameter.data_ptr(), parameter._version) for parameter in policy.model.parameters()]
+            if state != self._sent:
+                self._transfers += 1
+                self._label = f"{version}.{self._transfers}"
+                self._send(policy)
+                self._sent = state
+        self._label, urls = gather_objects((self._label, [server.url for server in self.servers]))[0]
+        self.servers = [server for server in self.servers if server.url in urls]
+        self.policy, self.version = policy, version
+
+    def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
+        """The responses as they finish; see `Engine.stream`."""
+        if self.policy is None:
+            raise RuntimeError("VLLMServerEngine.stream was called before update_weights.")
+        requests = [(i, s) for i in range(len(batch)) for s in range(sampling.samples_per_prompt)]
+        seed, settings = run_seed(), self._settings(sampling)
+        with ThreadPoolExecutor(min(self.max_requests, max(len(requests), 1))) as threads:
+            asked = [
+                threads.submit(self._respond, number, place, batch, {**settings, "seed": _seed(seed, batch, place)})
+                for number, place in enumerate(requests)
+            ]
+            try:
+                for future in as_completed(asked):
+                    yield future.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def _wait_for_servers(self, command: str) -> None:
+        deadline = time.monotonic() + self.start_timeout_seconds
+        for server in self.servers:
+            announced = False
+            while True:
+                try:
+                    server.get("/health")
+                    break
+                except Unreachable as error:
+                    if time.monotonic() > deadline:
+                        raise InputError(
+                            f"`servers`: {error}, and `start_timeout_seconds`={self.start_timeout_seconds:g} have "
+                            f"passed; start it: {command}"
+                        ) from error
+                    if not announced:
+                        announce(command, server.url)
+                        announced = True
+                    time.sleep(_POLL_SECONDS)
+
+    def _send(self, policy: CausalLMPolicy) -> None:
+        try:
+            self.transfer.send(policy, [server for server in self.servers if self._answers(server)], self._label)
+        except Refused as error:
+            raise InputError(
+                f"A server does not take the weights ({error}); start it with VLLM_SERVER_DEV_MODE=1."
+            ) from error
+
+    def _answers(self, server: JSONClient) -> bool:
+        """Whether a server is there; it is left out from now on where not, as long as another one is."""
+        try:
+            server.get("/health")
+            return True
+        except Unreachable as error:
+            self._leave_out(server, error)
+            return False
+
+    def _leave_out(self, server: JSONClient, why: Exception) -> None:
+        left = [other for other in self.servers if other is not server]
+        if not left:
+            raise RuntimeError(f"No vLLM server is left: {why}.") from why
+        if len(left) < len(self.servers):
+            rank_zero_warn(f"A vLLM server is left out from now on, {len(left)} go on: {why}.")
+        self.servers = left
+
+    def _settings(self, sampling: Sampling) -> dict[str, Any]:
+        assert self.policy is not None
+        return {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "stop_token_ids": self.policy.eos_token_ids,
+            "logprobs": 0,  # of the tokens drawn alone
+        }
+
+    def _respond(
+        self, number: int, place: tuple[int, int], batch: PromptBatch, settings: dict[str, Any]
+    ) -> Response:
+        """The response to one request, from whichever server answers."""
+        body = {"token_ids": batch.token_ids[place[0]], "sampling_params": settings}
+        for attempt in range(self.retries + 1):
+            server = self.servers[(number + attempt) % len(self.servers)]
+            try:
+                answer = server.post("/inference/v1/generate", body)
+            except Refused as error:
+                raise InputError(f"A vLLM server refuses a request: {error}.") from error
+            except Unreachable as error:
+                if attempt == self.retries:
+                    raise RuntimeError(f"A request got no answer in {attempt + 1} tries: {error}.") from error
+                if len(self.servers) > 1 and server in self.servers:
+                    self._leave_out(server, error)
+                else:
+                    time.sleep(0.5 * 2**attempt)
+                continue
+            return self._checked(answer, place, server.url)
+        raise AssertionError  # the last try returns or raises
+
+    def _checked(self, answer: Any, place: tuple[int, int], url: str) -> Response:
+        """The response in a server's answer; raises for one that is not whole, or of other weights."""
+        try:
+            [choice] = answer["choices"]
+            ids, reason = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
+            log_probs = [float(each["logprob"]) for each in choice["logprobs"]["content"]]
+            labels = {span["version"] for span in choice["weight_versions"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise RuntimeError(f"{url} answers without {error}: {str(answer)[:300]}") from error
+        if len(ids) != len(log_probs) or not ids or not all(map(math.isfinite, log_probs)):
+            raise RuntimeError(f"{url} gives {len(ids)} tokens and log-probabilities {log_probs[:5]} …")
+        if reason not in ("stop", "length"):
+            raise RuntimeError(f"{url} ended a response for the reason {reason!r}, which is none of its own.")
+        if labels != {self._label}:
+            raise RuntimeError(
+                f"{url} sampled from the weights {sorted(labels)}, where {self._label!r} are the present ones; it "
+                "may serve another run too."
+            )
+        return Response(*place, ids, log_probs, reason, self.version)
+
+
+def _seed(seed: int, batch: PromptBatch, place: tuple[int, int]) -> int:
+    """63 bits, which is what vLLM takes."""
+    return request_seed(seed, batch.prompts[place[0]], batch.visits[place[0]], place[1]) % 2**63

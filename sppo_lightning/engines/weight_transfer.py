@@ -1,0 +1,107 @@
+"""How the policy's weights reach vLLM servers."""
+
+from __future__ import annotations
+
+import copy
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sppo_lightning.engines.http import JSONClient
+from sppo_lightning.errors import InputError
+from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.adapters import merged_weights
+
+
+class WeightTransfer(ABC):
+    """Brings weights to servers, which have nothing to do meanwhile."""
+
+    @abstractmethod
+    def prepare(self, policy: CausalLMPolicy) -> str:
+        """Make what a server needs to start with; the command that starts one."""
+
+    @abstractmethod
+    def send(self, policy: CausalLMPolicy, servers: Sequence[JSONClient], label: str) -> None:
+        """Let all servers sample from these weights, and call them `label` in their responses."""
+
+
+class FolderTransfer(WeightTransfer):
+    """Through a folder that trainer and servers see, from which vLLM loads the weights anew.
+
+    The output embedding is stored as a weight of its own even where the model ties it to the input embedding:
+    vLLM keeps a packed copy of a tied one that does not follow.
+
+    Args:
+        path: The folder, as the trainer sees it; in memory (`/dev/shm/…`) where all are on one machine.
+        served_path: The same folder as the servers see it; `path` where left out.
+    """
+
+    def __init__(self, path: str = "runs/vllm/model", served_path: str | None = None) -> None:
+        self.path = Path(path)
+        self.served_path = served_path or str(self.path.absolute())
+
+    def prepare(self, policy: CausalLMPolicy) -> str:
+        """Write the model's folder; the command that serves it."""
+        config = copy.deepcopy(policy.model.config)
+        config.tie_word_embeddings = False
+        config.architectures = [type(policy.model).__name__]
+        config.dtype = policy.compute_dtype
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            config.save_pretrained(self.path)
+            policy.tokenizer.save_pretrained(self.path)
+            self._write(policy)
+        except OSError as error:
+            raise InputError(
+                f"`FolderTransfer.path`={str(self.path)!r} cannot be written ({error}); give a folder that the "
+                "trainer may write and the servers can read."
+            ) from error
+        return (
+            f"VLLM_SERVER_DEV_MODE=1 vllm serve {self.served_path} --enable-scale-out "
+            "--logprobs-mode processed_logprobs --generation-config vllm"
+        )
+
+    def send(self, policy: CausalLMPolicy, servers: Sequence[JSONClient], label: str) -> None:
+        """Write the weights once, and let each server load them."""
+        self._write(policy)
+        for server in servers:
+            body = {"method": "reload_weights", "kwargs": {"weights_path": self.served_path}}
+            server.post("/collective_rpc", body)
+            server.post("/reset_prefix_cache")  # which holds keys and values of the weights before
+            server.post("/update_weight_version", {"new_version": label})
+
+    def _write(self, policy: CausalLMPolicy) -> None:
+        """Replace the file of weights in one go: a server never sees half of it."""
+        unfinished = self.path / "model.safetensors.tmp"
+        save_file(served_weights(policy), unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, self.path / "model.safetensors")
+
+
+@torch.no_grad()
+def served_weights(policy: CausalLMPolicy) -> dict[str, Tensor]:
+    """All weights by name, on the CPU, with adapters merged and no two of them in the same memory."""
+    weights: dict[str, Tensor] = {}
+    for name, weight in merged_weights(policy.model, "cpu"):
+        if isinstance(weight, DTensor):
+            raise InputError(
+                "`trainer.strategy` shards the policy, whose weights cannot be sent to a server then; use ddp or "
+                "one device."
+            )
+        weights[name] = weight.detach().to("cpu", policy.compute_dtype, copy=True).contiguous()
+    head = policy.model.get_output_embeddings().weight
+    missing = {f"{name}.weight" for name, m in policy.model.named_modules() if getattr(m, "weight", None) is head}
+    for name in missing - set(weights):
+        weights[name] = head.detach().to("cpu", policy.compute_dtype, copy=True)
+    return weights
+
+
+def announce(command: str, url: str) -> None:
+    """Say once that a server is waited for."""
+    rank_zero_info(f"Waiting for a vLLM server at {url}. The command that starts one:\n{command}")
