@@ -5,23 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
+from tiny import EvenRows, RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
 
-from sppo_lightning.batch import Prompt
-from sppo_lightning.callbacks import ReferenceRefresh, RolloutGeneration, Verifier
+from sppo_lightning.callbacks import ReferenceRefresh, RolloutGeneration
 from sppo_lightning.engines import Sampling
 from sppo_lightning.objectives import ImportanceWeightedObjective
 from sppo_lightning.optim import GroupOptimizer
 
 PROMPTS = ["1 + 2 =", "8 8", "4 ; 4 ; 4", "q r s t u"]
 MAX_WEIGHT = 1.02
-
-
-class EvenRows(Verifier):
-    """Half of the prompts are solved whatever the response, so that some weights rise and others fall."""
-
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        return [float(prompt.row % 2 == 0) for prompt in prompts]
 
 
 class Remembers(RecordingSPPO):

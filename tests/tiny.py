@@ -205,6 +205,13 @@ class AnyDigit(Verifier):
         return [sum(word.isdigit() for word in row) / max(len(row), 1) for row in words]
 
 
+class EvenRows(Verifier):
+    """Half of the prompts are solved whatever the response, so that some weights rise and others fall."""
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        return [float(prompt.row % 2 == 0) for prompt in prompts]
+
+
 class RecordingSPPO(SPPOModule):
     """Keeps the gradients of every update, as they were before clipping, and counts the backward passes."""
 

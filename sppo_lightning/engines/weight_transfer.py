@@ -64,8 +64,9 @@ class FolderTransfer(WeightTransfer):
                 "trainer may write and the servers can read."
             ) from error
         return (
-            f"VLLM_SERVER_DEV_MODE=1 vllm serve {self.served_path} --enable-scale-out "
-            "--logprobs-mode processed_logprobs --generation-config vllm"
+            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
+            f"--model {self.served_path} --enable-scale-out --logprobs-mode processed_logprobs "
+            "--generation-config vllm"
         )
 
     def send(self, policy: CausalLMPolicy, servers: Sequence[JSONClient], label: str) -> None:

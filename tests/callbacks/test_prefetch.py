@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import RecordingSPPO, make_batch, make_chain_sppo, make_critic, make_policy, make_trainer
+from tiny import EvenRows, RecordingSPPO, make_batch, make_chain_sppo, make_critic, make_policy, make_trainer
 
-from sppo_lightning.batch import Prompt, PromptBatch
-from sppo_lightning.callbacks import ExactMatch, RolloutGeneration, Verifier
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.callbacks import ExactMatch, RolloutGeneration
 from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Engine, HFEngine, Sampling
 from sppo_lightning.engines.engine import Response
@@ -22,13 +22,6 @@ from sppo_lightning.optim import GroupOptimizer
 
 SAMPLING = Sampling(max_new_tokens=6)
 CAP = 1.02
-
-
-class EvenRows(Verifier):
-    """Half of the prompts are solved whatever the response, so that some weights rise and others fall."""
-
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        return [float(prompt.row % 2 == 0) for prompt in prompts]
 
 
 class Remembers(RecordingSPPO):
