@@ -1,6 +1,6 @@
 """Real components at the smallest size: models of one layer, a pipeline whose responses and scores are given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -227,6 +227,21 @@ class RecordingSPPO(SPPOModule):
     def step_optimizer(self, modules: Any) -> Any:
         self.gradients.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
         return super().step_optimizer(modules)
+
+
+class KnowsWhatFollows:
+    """A loader whose batches know the next one."""
+
+    def __init__(self, batches: list[PromptBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for batch, upcoming in zip(self.batches, [*self.batches[1:], None], strict=True):
+            batch.upcoming = upcoming
+            yield batch
 
 
 def make_trainer(*callbacks: Any, **settings: Any) -> Trainer:

@@ -16,6 +16,7 @@ from sppo_lightning.engines.attention_masks import AttentionMasks
 from sppo_lightning.engines.engine import Response
 from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
 from sppo_lightning.engines.slots import SlotCache
+from sppo_lightning.engines.stop_strings import StopStrings
 from sppo_lightning.models import CausalLMPolicy
 
 _TENSORS = ("tokens", "newest", "log_probs", "uniforms", "lengths", "positions")
@@ -75,6 +76,7 @@ class Decoder:
         self.head, self.dtype = policy.head(), policy.compute_dtype
         self.columns = torch.arange(0, device=self.device)
         self.eos = torch.tensor(policy.eos_token_ids, device=self.device)
+        self.stop = StopStrings(policy.tokenizer, sampling.stop)
         self.seed = run_seed()
         self.active: _Rows | None = None
 
@@ -139,7 +141,7 @@ class Decoder:
         rows.newest[first:] = token
         length += 1
         stopped = torch.isin(token, self.eos)
-        if self.sampling.stop:
+        if self.stop.strings:
             stopped |= self._stop_strings(first)
         finished = (stopped | (length == self.sampling.max_new_tokens)).nonzero().squeeze(1).tolist()
         if finished:
@@ -148,14 +150,11 @@ class Decoder:
 
     def _stop_strings(self, first: int) -> Tensor:
         """`[n]`, bool: whether the rows from `first` on contain a stop string, as of their last token."""
-        rows, strings = self.active, self.sampling.stop
+        rows, reach = self.active, self.stop.reach
         assert rows is not None
-        # a token has a character at least, and one more keeps a space that decoding drops at the beginning
-        reach = max(map(len, strings)) + 1
         ends = rows.lengths[first:].tolist()
         tails = [row[max(0, n - reach) : n].tolist() for row, n in zip(rows.tokens[first:], ends, strict=True)]
-        texts = self.policy.tokenizer.batch_decode(tails, skip_special_tokens=True)
-        return torch.tensor([any(s in text for s in strings) for text in texts], device=self.device)
+        return torch.tensor(self.stop.end(tails), device=self.device)
 
     def _leave(self, finished: list[int], stopped: list[bool]) -> Iterator[Response]:
         """The responses of finished rows, which give up their places."""

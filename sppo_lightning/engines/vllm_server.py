@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +16,8 @@ from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.http import JSONClient, Refused, Unreachable
 from sppo_lightning.engines.sampling import Sampling, request_seed, run_seed
-from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, announce
+from sppo_lightning.engines.stop_strings import StopStrings
+from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, announce, fingerprint
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.ranks import gather_objects, rank_and_ranks
@@ -58,7 +61,7 @@ class VLLMServerEngine(Engine):
         self.max_requests = max_requests
         self.start_timeout_seconds = start_timeout_seconds
         self.retries = retries
-        self._sent: Any = None  # the state of the weights that the servers have
+        self._sent: Any = None  # the fingerprint of the weights that the servers have
         self._label = ""  # what the servers call them
         self._transfers = 0
 
@@ -68,13 +71,12 @@ class VLLMServerEngine(Engine):
         if rank == 0:
             if self.policy is None:
                 self._wait_for_servers(self.transfer.prepare(policy))
-            # each change of a tensor in place raises its counter
-            state = [(parameter.data_ptr(), parameter._version) for parameter in policy.model.parameters()]
-            if state != self._sent:
+            weights = fingerprint(policy.model.parameters())
+            if weights != self._sent:
                 self._transfers += 1
                 self._label = f"{version}.{self._transfers}"
                 self._send(policy)
-                self._sent = state
+                self._sent = weights
         self._label, urls = gather_objects((self._label, [server.url for server in self.servers]))[0]
         self.servers = [server for server in self.servers if server.url in urls]
         self.policy, self.version = policy, version
@@ -85,14 +87,18 @@ class VLLMServerEngine(Engine):
             raise RuntimeError("VLLMServerEngine.stream was called before update_weights.")
         requests = [(i, s) for i in range(len(batch)) for s in range(sampling.samples_per_prompt)]
         seed, settings = run_seed(), self._settings(sampling)
+        stop = StopStrings(self.policy.tokenizer, sampling.stop)
+        finished: SimpleQueue[Future[Response]] = SimpleQueue()  # in the order in which they finish
         with ThreadPoolExecutor(min(self.max_requests, max(len(requests), 1))) as threads:
             asked = [
                 threads.submit(self._respond, number, place, batch, {**settings, "seed": _seed(seed, batch, place)})
                 for number, place in enumerate(requests)
             ]
             try:
-                for future in as_completed(asked):
-                    yield future.result()
+                for future in asked:
+                    future.add_done_callback(finished.put)
+                for _ in asked:
+                    yield _cut(finished.get().result(), stop)
             finally:
                 threads.shutdown(cancel_futures=True)
 
@@ -195,6 +201,19 @@ class VLLMServerEngine(Engine):
                 "may serve another run too."
             )
         return Response(*place, ids, log_probs, reason, self.version)
+
+
+def _cut(response: Response, stop: StopStrings) -> Response:
+    """The response up to its first stop string: vLLM's text of it may differ from the tokenizer's, and miss one."""
+    length = stop.cut(response.token_ids)
+    if length is None or response.finish_reason == "stop" and length == len(response.token_ids):
+        return response
+    return replace(
+        response,
+        token_ids=response.token_ids[:length],
+        log_probs=response.log_probs[:length],
+        finish_reason="stop",
+    )
 
 
 def _seed(seed: int, batch: PromptBatch, place: tuple[int, int]) -> int:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import EvenRows, RecordingSPPO, make_batch, make_chain_sppo, make_critic, make_policy, make_trainer
+from tiny import (
+    EvenRows,
+    KnowsWhatFollows,
+    RecordingSPPO,
+    make_batch,
+    make_chain_sppo,
+    make_critic,
+    make_policy,
+    make_trainer,
+)
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.callbacks import ExactMatch, RolloutGeneration
@@ -34,21 +43,6 @@ class Remembers(RecordingSPPO):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self.before.append((copy.deepcopy(self.policy), batch))
         super().training_step(batch, batch_idx)
-
-
-class KnowsWhatFollows:
-    """A loader whose batches know the next one."""
-
-    def __init__(self, batches: list[PromptBatch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        for batch, upcoming in zip(self.batches, [*self.batches[1:], None], strict=True):
-            batch.upcoming = upcoming
-            yield batch
 
 
 def fit(*callbacks: Callback, engine: Engine | None = None, iterations: int = 4, **settings: Any) -> Remembers:

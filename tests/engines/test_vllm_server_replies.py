@@ -203,7 +203,10 @@ def test_nobody_there(tmp_path: Path):
     with pytest.raises(InputError) as raised:
         engine.update_weights(make_policy(), 0)
     assert str(raised.value).startswith("`servers`: http://127.0.0.1:9 does not answer (ConnectionRefusedError")
-    assert f"start it: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model {tmp_path}" in str(raised.value)
+    assert (
+        f"start it: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model {tmp_path}"
+        in str(raised.value)
+    )
     for servers, words in (([], "leaves nobody to ask"), (["ftp://x"], "is no address of a server")):
         with pytest.raises(InputError, match=words):
             VLLMServerEngine(servers)
