@@ -1,12 +1,13 @@
 # Two commands do everything: `make quickstart` and `make test`. Both may be run again at any time.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= $(VENV)-vllm
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_REQUIRE_VIRTUALENV = 1
 
-.PHONY: help quickstart test slow sandbox lint wheel clean install
+.PHONY: help quickstart test slow sandbox vllm lint wheel clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +15,7 @@ help:
 	@echo "make test         install and run the tests (about 5 minutes)"
 	@echo "make slow         the tests that take longer"
 	@echo "make sandbox      the tests that run submitted code; they need bubblewrap (Debian: apt install bubblewrap)"
+	@echo "make vllm         the tests with vLLM servers, in an environment of their own ($(VLLM_VENV))"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and the source archive into dist/"
 
@@ -23,7 +25,7 @@ quickstart: install
 
 test: install
 	@echo "==> tests"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not sandbox" -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not sandbox and not vllm" -n 2
 
 slow: install
 	@echo "==> slow tests"
@@ -33,6 +35,10 @@ sandbox: install
 	@command -v bwrap >/dev/null || { echo "These tests need bubblewrap; install it (Debian and Ubuntu: apt install bubblewrap)."; exit 1; }
 	@echo "==> attacks on the sandbox"
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m sandbox
+
+vllm: $(VLLM_VENV)/.installed
+	@echo "==> tests with vLLM servers"
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm
 
 lint: install
 	$(RUN) -m ruff check .
@@ -56,5 +62,13 @@ $(STAMP): constraints.txt pyproject.toml
 	echo "    installed in $$(($$(date +%s) - start)) s"
 	@touch $(STAMP)
 
+$(VLLM_VENV)/.installed: requirements-vllm.txt pyproject.toml
+	@echo "==> environment with vLLM in $(VLLM_VENV) (some minutes the first time)"
+	@$(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --constraint requirements-vllm.txt torch
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $(VLLM_VENV)/.installed
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
