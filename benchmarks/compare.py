@@ -1,7 +1,7 @@
 """What has changed between two reports of the same benchmark, as ratios NEW / OLD of every number in both.
 
-A report is the JSON that each script here writes. Lists are compared place by place; what is in one of them alone is
-named. Whether a higher number is better is for the reader to say: speeds go up, seconds and MiB go down.
+A report is the JSON that each script here writes. Lists are compared place by place; what is in one of them alone
+is named. Whether a higher number is better is for the reader to say: speeds go up, seconds and MiB go down.
 """
 
 from __future__ import annotations

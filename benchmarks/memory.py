@@ -9,7 +9,6 @@ less what it held before. The gradient of the output embedding counts for both c
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from sppo_lightning.cli import main as command
 from sppo_lightning.figures.style import BLUE, GREY, ORANGE, tidy
-from sppo_lightning.memory import peak_memory
+from sppo_lightning.memory import Gauge
 from sppo_lightning.models.log_probs import selected_log_probs
 from sppo_lightning.models.tiny import word_tokenizer
 
@@ -71,22 +70,9 @@ def inputs(tokens: int, vocabulary: int, hidden_size: int, dtype: torch.dtype) -
     )
 
 
-def held_mb() -> float:
-    """The memory that this process holds now: resident, or allocated on the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_memory()["peak_mb"]
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 2**10
-
-
-def highest_mb() -> float:
-    """The most that it has held."""
-    peaks = peak_memory()
-    return peaks.get("gpu_peak_mb", peaks["peak_mb"])
+def gauge() -> Gauge:
+    """The memory that is measured."""
+    return Gauge(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def measure(method: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[str, float]:
@@ -96,12 +82,13 @@ def measure(method: str, tokens: int, vocabulary: int, hidden_size: int) -> dict
     # loads the kernels and starts the threads on a few rows and tokens, outside of what is measured
     few = torch.ones(2, 2, device=hidden.device, requires_grad=True)
     function(few, torch.ones(3, 2, device=hidden.device), targets[:2] % 3)[0].sum().backward()
-    gc.collect()
-    before, start = held_mb(), time.perf_counter()
+    memory = gauge()
+    before, start = memory.start(), time.perf_counter()
     log_probs, entropy = function(hidden, weight, targets)
     log_probs.mean().backward()
     total = (log_probs.sum() + entropy.sum()).item()  # waits for the GPU
-    return {"peak_mb": highest_mb() - before, "seconds": time.perf_counter() - start, "sum": total}
+    peak = (memory.peak() - before) / 2**20
+    return {"peak_mb": peak, "seconds": time.perf_counter() - start, "sum": total}
 
 
 def gradient_difference(vocabulary: int, hidden_size: int, dtype: torch.dtype, tokens: int = 256) -> float:
@@ -120,9 +107,10 @@ def train(critic: str, folder: Path) -> dict[str, float]:
     word_tokenizer(_WORDS.split()).save_pretrained(folder)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config(critic, folder)))
-    before = held_mb()
+    memory = gauge()
+    before = memory.start()
     command(["fit", "--config", str(path)])
-    return {"peak_mb": highest_mb() - before}
+    return {"peak_mb": (memory.peak() - before) / 2**20}
 
 
 def config(critic: str, folder: Path) -> dict[str, Any]:

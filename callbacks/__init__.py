@@ -11,12 +11,14 @@ from sppo_lightning.callbacks.hf_export import HFExport
 from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.length_penalty import LengthPenalty
 from sppo_lightning.callbacks.math_verifier import MathVerifier
+from sppo_lightning.callbacks.memory_plan import MemoryPlan
 from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.callbacks.reward_model_verifier import RewardModelVerifier
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.run_summary import RunSummary
 from sppo_lightning.callbacks.sample_log import SampleLog
+from sppo_lightning.callbacks.sampler_parity import SamplerParity
 from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
 
@@ -32,12 +34,14 @@ __all__ = [
     "InitialValidation",
     "LengthPenalty",
     "MathVerifier",
+    "MemoryPlan",
     "ReferenceRefresh",
     "RewardModelVerifier",
     "RichProgress",
     "RolloutGeneration",
     "RunSummary",
     "SampleLog",
+    "SamplerParity",
     "StepQuality",
     "Verifier",
 ]

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.batch import PromptBatch
+from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.engines import Engine, HFEngine, ProcessEngine, Sampling
 from sppo_lightning.engines.engine import Response, collect
 from sppo_lightning.errors import InputError
@@ -120,12 +120,24 @@ class RolloutGeneration(Stage):
         for rollouts in (batch.rollouts, batch.greedy_rollouts):
             self._tokens += 0.0 if rollouts is None else float(rollouts.response_mask.sum())
 
-    def _sampler(self, engine: Engine, trainer: Trainer, module: Any) -> Callable[[PromptBatch], Sampled]:
-        """Give the engine the present weights; a function that samples a batch from them."""
+    def probe(self, batch: PromptBatch, sampling: Sampling, trainer: Trainer, module: Any) -> Rollouts:
+        """Responses of the training engine with the present weights, beside those that are learned from."""
+        if self._ahead is not None:
+            self._ahead.wait()
+        engine = self._elsewhere or self.engine
+        with trainer.precision_plugin.forward_context():
+            self._give_weights(engine, trainer, module)
+            return engine.generate(batch, sampling)
+
+    def _give_weights(self, engine: Engine, trainer: Trainer, module: Any) -> None:
         if trainer.training and self.sample_from == "reference":
             engine.update_weights(module.reference, module.reference_version)
         else:
             engine.update_weights(module.policy, trainer.global_step)
+
+    def _sampler(self, engine: Engine, trainer: Trainer, module: Any) -> Callable[[PromptBatch], Sampled]:
+        """Give the engine the present weights; a function that samples a batch from them."""
+        self._give_weights(engine, trainer, module)
         sampling = self.sampling if trainer.training else self.validation
         greedy = self.greedy if trainer.training else self.validation_greedy
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

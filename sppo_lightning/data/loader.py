@@ -116,6 +116,11 @@ class PromptLoader:
         visits = [-1 - draw - (i // len(share)) * _MANY_DRAWS for i in range(count)]
         return self._batch([share[i % len(share)] for i in range(count)], visits)
 
+    def longest(self, count: int) -> PromptBatch:
+        """The `count` longest prompts of the data set, in characters, or all where it has fewer; on every rank."""
+        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i].text))[:count]
+        return self._batch(order, visits=[0] * len(order))
+
     def _batch(self, indices: Sequence[int], visits: list[int]) -> PromptBatch:
         prompts = [self.prompts[i] for i in indices]
         return PromptBatch(prompts, self.prompt_format.encode([prompt.text for prompt in prompts]), visits)

@@ -47,6 +47,12 @@ class HFEngine(Engine):
             )
         self.policy, self.version = policy, version
 
+    def rows(self, prompts: int, longest: int, sampling: Sampling) -> int:
+        """How many responses are decoded at once, to so many prompts of up to `longest` tokens."""
+        samples = sampling.samples_per_prompt
+        most = self.max_tokens // (longest + sampling.max_new_tokens)
+        return max(samples, min(self.max_rows, most, prompts * samples))
+
     @torch.no_grad()
     def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
         """Sample responses; see `Engine.stream`."""
@@ -56,8 +62,7 @@ class HFEngine(Engine):
             return
         samples = sampling.samples_per_prompt
         waiting = sorted(range(len(batch)), key=lambda i: len(batch.token_ids[i]))
-        longest = len(batch.token_ids[waiting[-1]]) + sampling.max_new_tokens
-        rows = max(samples, min(self.max_rows, self.max_tokens // longest, len(batch) * samples))
+        rows = self.rows(len(batch), len(batch.token_ids[waiting[-1]]), sampling)
         decoder = Decoder(self.policy, batch, sampling, rows, self.version)
         # compiled blocks would be compiled anew for each length of the cache
         with decode_attention_in(self.policy.model), torch.compiler.set_stance("force_eager"):

@@ -28,7 +28,8 @@ class StopStrings:
 
     def cut(self, response: list[int]) -> int | None:
         """The number of tokens up to the first string's last one; None where there is no string."""
-        if not self.strings or not self._among(self.tokenizer.decode(response, skip_special_tokens=True)):
+        [text] = self.tokenizer.batch_decode([response], skip_special_tokens=True)
+        if not self._among(text):
             return None
         ends = self.end([response[:length] for length in range(1, len(response) + 1)])
         return ends.index(True) + 1 if True in ends else None
