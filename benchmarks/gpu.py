@@ -37,7 +37,7 @@ _QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "num_key_value_heads": 2,
 _LARGE = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960}
 _SMALL = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864}
 _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B": {**_QWEN, **_LARGE, "max_position_embeddings": 32_768},
     "Qwen2.5-0.5B": {**_QWEN, **_SMALL, "max_position_embeddings": 32_768},
     "tiny": {**_QWEN, **_TINY, "vocab_size": 512},
