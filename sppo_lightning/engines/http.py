@@ -46,23 +46,29 @@ class JSONClient:
 
     def _ask(self, method: str, path: str, body: Any) -> Any:
         content = None if body is None else json.dumps(body)
+        kept = getattr(self._local, "connection", None) is not None
         try:
-            connection = self._connection()
-            connection.request(
-                method, self._parts.path.rstrip("/") + path, content, {"Content-Type": "application/json"}
-            )
-            answer = connection.getresponse()
-            text = answer.read().decode(errors="replace")
+            status, text = self._exchange(method, path, content)
         except (OSError, http.client.HTTPException) as error:
             self._local.connection = None
+            if kept and isinstance(error, ConnectionError):  # servers hang up when nothing is said for seconds
+                return self._ask(method, path, body)
             raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
-        if answer.status >= 400:
-            kind = Refused if answer.status < 500 else Unreachable
-            raise kind(f"{self.url}{path} answers {answer.status}: {text[:500]}")
+        if status >= 400:
+            kind = Refused if status < 500 else Unreachable
+            raise kind(f"{self.url}{path} answers {status}: {text[:500]}")
         try:
             return json.loads(text) if text.strip() else None
         except ValueError as error:
             raise Refused(f"{self.url}{path} answers something that is no JSON: {text[:200]!r}") from error
+
+    def _exchange(self, method: str, path: str, content: str | None) -> tuple[int, str]:
+        """One request on this thread's connection: status and text of the answer."""
+        connection = self._connection()
+        headers = {"Content-Type": "application/json"}
+        connection.request(method, self._parts.path.rstrip("/") + path, content, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
 
     def _connection(self) -> http.client.HTTPConnection:
         connection = getattr(self._local, "connection", None)

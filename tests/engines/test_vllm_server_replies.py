@@ -1,6 +1,7 @@
 """What VLLMServerEngine makes of servers that are late, odd or gone; real HTTP, without a vLLM behind it."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import make_batch, make_policy
 
 from sppo_lightning.engines import FolderTransfer, Sampling, VLLMServerEngine
+from sppo_lightning.engines.http import JSONClient
 from sppo_lightning.errors import InputError
 
 Answer = tuple[int, Any]
@@ -24,11 +26,16 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.label = "default"
+        self.connections: list[socket.socket] = []
         self.change: Callable[[str, Any, Any], Answer | None] = lambda path, body, answer: None
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                owner.connections.append(self.connection)
 
             def do_GET(self) -> None:
                 self._answer(None)
@@ -67,6 +74,11 @@ class Server:
             }
             answer = {"choices": [choice]}
         return self.change(path, body, answer) or (200, answer)
+
+    def hang_up(self) -> None:
+        """Close all connections, but go on listening."""
+        while self.connections:
+            self.connections.pop().shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.http.shutdown()
@@ -132,6 +144,15 @@ def test_weights_travel_when_they_have_changed_and_with_a_head_of_their_own(serv
         load_file(tmp_path / "model.safetensors")["lm_head.weight"].mean() > stored["lm_head.weight"].mean() + 0.9
     )
     assert servers[0].label == servers[1].label == "2.2"
+
+
+def test_a_connection_that_the_server_has_closed_meanwhile_is_opened_again(servers: list[Server]):
+    """As vLLM's does when nothing is said for five seconds."""
+    client = JSONClient(servers[0].url, 10.0)
+    assert client.get("/health") == {}
+    servers[0].hang_up()
+    assert client.get("/health") == {}
+    assert len(servers[0].asked) == 2
 
 
 def test_a_server_that_goes_is_left_out(servers: list[Server], tmp_path: Path):
