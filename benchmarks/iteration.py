@@ -34,8 +34,10 @@ _COLUMNS = (
     "",
     "responses per second",
     "× TRL",
+    "by CPU time",
     "updates per second",
     "× TRL",
+    "by CPU time",
     "sample / verify / update",
     "peak memory (training's part)",
     "tokens",
@@ -43,9 +45,9 @@ _COLUMNS = (
 )
 
 
-def seconds(runs: list[dict[str, Any]]) -> list[float]:
-    """Of every counted iteration of some runs."""
-    return [iteration["seconds"] for each in runs for iteration in each["iterations"]]
+def seconds(runs: list[dict[str, Any]], clock: str = "seconds") -> list[float]:
+    """Of every counted iteration, by the clock or in `cpu_seconds`, which other processes change less."""
+    return [iteration[clock] for each in runs for iteration in each["iterations"]]
 
 
 def responses_per_second(case: Case, side: str, runs: list[dict[str, Any]]) -> Spread:
@@ -73,6 +75,7 @@ def figures(case: Case, by_side: dict[str, list[dict[str, Any]]]) -> dict[str, d
         made[side] = {
             "responses_per_second": vars(responses_per_second(case, side, runs)),
             "updates_per_second": vars(updates_per_second(case, runs)),
+            "cpu_seconds": vars(Spread.of(seconds(runs, "cpu_seconds"))),
             "phases": phases(runs),
             "peak_mb": statistics.median(each["peak_mb"] for each in runs),
             "start_mb": statistics.median(each["start_mb"] for each in runs),
@@ -104,13 +107,16 @@ def _rows(case: Case, by_side: dict[str, list[dict[str, Any]]]) -> list[list[str
     for side, values in made.items():
         responses, updates, base = values["responses_per_second"], values["updates_per_second"], made[TRL]
         shares = values["phases"]
+        by_cpu = base["cpu_seconds"]["median"] / values["cpu_seconds"]["median"]
         rows.append(
             [
                 side,
                 _spread(responses),
                 f"{responses['median'] / base['responses_per_second']['median']:.2f}",
+                f"{by_cpu * case.responses(side) / case.responses(TRL):.2f}",
                 _spread(updates),
                 f"{updates['median'] / base['updates_per_second']['median']:.2f}",
+                f"{by_cpu:.2f}",
                 f"{shares['sample']:.0%} / {shares['verify']:.1%} / {shares['update']:.0%}",
                 f"{values['peak_mb']:.0f} MB ({values['peak_mb'] - values['start_mb']:.0f})",
                 f"{values['response_tokens']:.1f}",
@@ -181,18 +187,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side; a third for long cases")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
-    parser.add_argument("--cases", default="", help="only the cases with this in their group or name")
+    parser.add_argument("--cases", nargs="+", default=[""], help="only those with one of these in group or name")
     parser.add_argument("--short", action="store_true", help="one small case: a check, not a result")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/iteration"))
     parser.add_argument("--output", type=Path, default=None, help="JSON; the figure lies beside it")
     arguments = parser.parse_args()
     check_peer(arguments.peer_python)
     chosen = short_cases() if arguments.short else all_cases()
-    chosen = [case for case in chosen if arguments.cases in f"{case.group}, {case.name}"]
+    chosen = [case for case in chosen if any(part in f"{case.group}, {case.name}" for part in arguments.cases)]
     if not chosen:
-        sys.exit(f"--cases {arguments.cases!r} is in no case's group or name; leave it out to see them all.")
+        sys.exit(f"No case has any of {arguments.cases} in its group or name; leave --cases out to see them all.")
     results = measure(chosen, arguments.rounds, arguments.folder, arguments.peer_python)
-    show(results, Console(width=180))
+    show(results, Console(width=200))
     rows = [{"case": vars(case), "sides": figures(case, by_side)} for case, by_side in results.items()]
     output = arguments.output or Path("runs/benchmarks", f"iteration{'_short' * arguments.short}.json")
     write_report(output, {"cases": rows})

@@ -49,22 +49,22 @@ class IterationClock(Callback):
         self.iterations: list[dict[str, float]] = []
         self.lengths: list[float] = []
         self.taught: list[float] = []
-        self._before = 0.0
+        self._before = self._cpu_before = 0.0
         self._start_mb = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; until here the peak is of what was imported and loaded."""
         self._start_mb = peak_memory()["peak_mb"]
-        self._before = time.perf_counter()
+        self._before, self._cpu_before = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the time of an iteration."""
-        now, phases = time.perf_counter(), pl_module.last_phase_seconds
-        seconds = now - self._before
-        self._before = now
-        self.iterations.append({"seconds": seconds, "sample": phases["rollout"], "verify": phases["verify"]})
+        now, cpu, phases = time.perf_counter(), time.process_time(), pl_module.last_phase_seconds
+        times = {"seconds": now - self._before, "cpu_seconds": cpu - self._cpu_before}
+        self._before, self._cpu_before = now, cpu
+        self.iterations.append({**times, "sample": phases["rollout"], "verify": phases["verify"]})
         self.lengths.append(float(batch.rollouts.response_mask.sum(1).mean()))
         self.taught.append(float(trainer.callback_metrics["advantage/nonzero_fraction"]))
 

@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
         self.iterations: list[dict[str, float]] = []
         self.phases = {"sample": 0.0, "verify": 0.0}
         self.start_mb = 0.0
-        self._before = 0.0
+        self._before = self._cpu_before = 0.0
 
     def timed(self, method: Callable[..., Any], phase: str) -> Callable[..., Any]:
         """The method, with its seconds counted under `phase`."""
@@ -54,15 +54,16 @@ class Clock(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start."""
         self.start_mb = peak_mb()
-        self._before = time.perf_counter()
+        self._before, self._cpu_before = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the time of an iteration, if this was its last update."""
         if state.global_step % self.updates == 0:
-            now = time.perf_counter()
-            self.iterations.append({"seconds": now - self._before, **self.phases})
+            now, cpu = time.perf_counter(), time.process_time()
+            times = {"seconds": now - self._before, "cpu_seconds": cpu - self._cpu_before}
+            self.iterations.append({**times, **self.phases})
             self.phases = dict.fromkeys(self.phases, 0.0)
-            self._before = now
+            self._before, self._cpu_before = now, cpu
 
 
 def peak_mb() -> float:
