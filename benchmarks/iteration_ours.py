@@ -61,7 +61,8 @@ class IterationClock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the time of an iteration."""
-        now, cpu, phases = time.perf_counter(), time.process_time(), pl_module.last_phase_seconds
+        now, cpu = time.perf_counter(), time.process_time()
+        phases: Any = pl_module.last_phase_seconds
         times = {"seconds": now - self._before, "cpu_seconds": cpu - self._cpu_before}
         self._before, self._cpu_before = now, cpu
         self.iterations.append({**times, "sample": phases["rollout"], "verify": phases["verify"]})
