@@ -131,29 +131,37 @@ def _spread(values: dict[str, float]) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Response tokens and updates per second, over the length of responses and the size of the model."""
+    """Response tokens per second and updates against TRL's, over the length of responses and the model's size."""
     figure = Figure(figsize=(10, 7))
     lengths = [case for case in results if case.group == "response length"]
     sizes = sorted((case for case in results if case.width and case.tokens == 64), key=lambda case: case.width or 0)
-    for row, (cases, label) in enumerate([(lengths, "tokens of each response"), (sizes, "width of the model")]):
+    left, right = figure.subplots(2, 2).T
+    for cases, label, tokens, updates in zip(
+        (lengths, sizes), ("tokens of each response", "width of the model"), left, right, strict=True
+    ):
         places = [case.tokens if cases is lengths else case.width or 0 for case in cases]
-        for column, unit in enumerate(("response tokens per second", "updates per second")):
-            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
-            for side in SIDES:
-                speeds = [
-                    responses_per_second(case, side, results[case][side]).median * case.tokens
-                    if column == 0
-                    else updates_per_second(case, results[case][side]).median
-                    for case in cases
-                ]
-                axes.plot(places, speeds, marker="o", color=_COLOURS[side], label=side)
+        for side in SIDES:
+            line = {"marker": "o", "color": _COLOURS[side], "label": side}
+            speeds = [responses_per_second(c, side, results[c][side]).median * c.tokens for c in cases]
+            tokens.plot(places, speeds, **line)
+            ratios = [
+                statistics.median(seconds(results[c][TRL])) / statistics.median(seconds(results[c][side]))
+                for c in cases
+            ]
+            updates.plot(places, ratios, **line)
+        tokens.set_yscale("log")
+        tokens.yaxis.set_major_formatter("{x:,.0f}")
+        tokens.yaxis.set_minor_formatter("")
+        tokens.set_ylabel("response tokens per second")
+        updates.set_ylim(bottom=0)
+        updates.set_ylabel("updates per second, TRL = 1")
+        for axes in (tokens, updates):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_xticks(places, [f"{place:,}" for place in places])
             axes.set_xlabel(label)
-            axes.set_ylabel(unit)
             tidy(axes)
-            if row == 1:
-                legend_below(axes)
+    for axes in (left[1], right[1]):
+        legend_below(axes)
     figure.tight_layout()
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
@@ -198,7 +206,7 @@ def main() -> None:
     if not chosen:
         sys.exit(f"No case has any of {arguments.cases} in its group or name; leave --cases out to see them all.")
     results = measure(chosen, arguments.rounds, arguments.folder, arguments.peer_python)
-    show(results, Console(width=200))
+    show(results, Console(width=220))
     rows = [{"case": vars(case), "sides": figures(case, by_side)} for case, by_side in results.items()]
     output = arguments.output or Path("runs/benchmarks", f"iteration{'_short' * arguments.short}.json")
     write_report(output, {"cases": rows})
