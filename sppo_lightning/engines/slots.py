@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class SlotCache(Cache):
     """
 
     def __init__(self, layers: int, rows: int, columns: int) -> None:
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        # a cycle would keep the buffers until Python looks for cycles, with the next iteration's beside them
+        super().__init__(layers=[_SlotLayer(weakref.proxy(self)) for _ in range(layers)])
         self.rows = rows
         self.columns = columns  # to begin with
         self.used = 0

@@ -1,11 +1,14 @@
 """HFEngine keeps the contract, with every family of models, and whoever is decoded together."""
 
+import gc
+
 import pytest
 import torch
 from contract import EngineContract, greedy_by_transformers, ids, sample
 from tiny import FAMILIES, FamilyPolicy, make_batch, make_policy
 
 from sppo_lightning.engines import Engine, HFEngine
+from sppo_lightning.engines.slots import SlotCache
 from sppo_lightning.errors import InputError
 
 SETTINGS = {
@@ -73,6 +76,19 @@ def test_numbers_are_exact_whatever_the_default_dtype_is(engine: Engine, dtype: 
     assert rollouts.sampled_log_probs.dtype == wide
     if dtype == torch.float64:
         torch.testing.assert_close(rollouts.sampled_log_probs, policy(rollouts)[0], atol=1e-12, rtol=1e-10)
+
+
+def test_keys_and_values_are_gone_when_the_responses_are_there():
+    """They are an iteration's largest tensors, and Python may look for cycles only iterations later."""
+    policy = make_policy()
+    gc.collect()
+    gc.disable()
+    try:
+        sample(HFEngine(), policy)
+        kept = [thing for thing in gc.get_objects() if type(thing) is SlotCache]
+    finally:
+        gc.enable()
+    assert kept == []
 
 
 def test_an_engine_without_rows():
