@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +37,8 @@ class JSONClient:
         self.timeout_seconds = timeout_seconds
         self._parts = parts
         self._local = threading.local()
+        self._open: set[http.client.HTTPConnection] = set()
+        self._closed = False
 
     def get(self, path: str) -> Any:
         """The answer to GET, decoded; None where it is empty."""
@@ -44,12 +48,23 @@ class JSONClient:
         """The answer to POST with a JSON body, decoded; None where it is empty."""
         return self._ask("POST", path, body)
 
+    def close(self) -> None:
+        """End all requests, also those that wait for an answer: they and later ones raise `Unreachable`."""
+        self._closed = True
+        for connection in list(self._open):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):  # the server was first
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
     def _ask(self, method: str, path: str, body: Any) -> Any:
+        if self._closed:
+            raise Unreachable(f"{self.url} is asked no more")
         content = None if body is None else json.dumps(body)
         kept = getattr(self._local, "connection", None) is not None
         try:
             status, text = self._exchange(method, path, content)
         except (OSError, http.client.HTTPException) as error:
+            self._open.discard(self._local.connection)
             self._local.connection = None
             if kept and isinstance(error, ConnectionError):  # servers hang up when nothing is said for seconds
                 return self._ask(method, path, body)
@@ -76,4 +91,5 @@ class JSONClient:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(self._parts.hostname or "", self._parts.port, timeout=self.timeout_seconds)
             self._local.connection = connection
+            self._open.add(connection)
         return connection

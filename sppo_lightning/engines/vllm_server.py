@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,6 +23,7 @@ from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.ranks import gather_objects, rank_and_ranks
 
 _POLL_SECONDS = 1.0  # between two looks at a server that is starting
+_LOOK_SECONDS = 10.0  # without any answer, before a look at servers that are at work; and for it
 
 
 class VLLMServerEngine(Engine):
@@ -98,9 +99,18 @@ class VLLMServerEngine(Engine):
                 for future in asked:
                     future.add_done_callback(finished.put)
                 for _ in asked:
-                    yield _cut(finished.get().result(), stop)
+                    yield _cut(self._next(finished).result(), stop)
             finally:
                 threads.shutdown(cancel_futures=True)
+
+    def _next(self, finished: SimpleQueue[Future[Response]]) -> Future[Response]:
+        """The next request that has been answered; meanwhile, servers that will never answer are found out."""
+        while True:
+            try:
+                return finished.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                for server in self.servers:
+                    self._answers(server)
 
     def _wait_for_servers(self, command: str) -> None:
         deadline = time.monotonic() + self.start_timeout_seconds
@@ -108,7 +118,7 @@ class VLLMServerEngine(Engine):
             announced = False
             while True:
                 try:
-                    server.get("/health")
+                    _health(server)
                     break
                 except Unreachable as error:
                     if time.monotonic() > deadline:
@@ -132,19 +142,21 @@ class VLLMServerEngine(Engine):
     def _answers(self, server: JSONClient) -> bool:
         """Whether a server is there; it is left out from now on where not, as long as another one is."""
         try:
-            server.get("/health")
+            _health(server)
             return True
         except Unreachable as error:
             self._leave_out(server, error)
             return False
 
     def _leave_out(self, server: JSONClient, why: Exception) -> None:
-        left = [other for other in self.servers if other is not server]
+        before, left = len(self.servers), [other for other in self.servers if other is not server]
+        if left:
+            self.servers = left
+        server.close()  # what still waits for it goes to another one
         if not left:
             raise RuntimeError(f"No vLLM server is left: {why}.") from why
-        if len(left) < len(self.servers):
+        if len(left) < before:
             rank_zero_warn(f"A vLLM server is left out from now on, {len(left)} go on: {why}.")
-        self.servers = left
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         assert self.policy is not None
@@ -201,6 +213,11 @@ class VLLMServerEngine(Engine):
                 "may serve another run too."
             )
         return Response(*place, ids, log_probs, reason, self.version)
+
+
+def _health(server: JSONClient) -> None:
+    """Raise `Unreachable` for a server that is not well; on a connection of its own, others may be busy."""
+    JSONClient(server.url, _LOOK_SECONDS).get("/health")
 
 
 def _cut(response: Response, stop: StopStrings) -> Response:

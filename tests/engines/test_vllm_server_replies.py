@@ -155,6 +155,31 @@ def test_a_connection_that_the_server_has_closed_meanwhile_is_opened_again(serve
     assert len(servers[0].asked) == 2
 
 
+def test_a_server_that_dies_over_a_request_is_found_out(
+    servers: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It keeps the connection and never answers, as vLLM does while it shuts down."""
+    monkeypatch.setattr("sppo_lightning.engines.vllm_server._LOOK_SECONDS", 0.2)
+    release, sick = threading.Event(), threading.Event()
+
+    def change(path: str, body: Any, answer: Any) -> Answer | None:
+        if path == "/inference/v1/generate":
+            sick.set()
+            release.wait(60)
+        return (503, {}) if path == "/health" and sick.is_set() else None
+
+    servers[0].change = change
+    engine = engine_of(servers, tmp_path)
+    with pytest.warns(UserWarning, match="A vLLM server is left out from now on, 1 go on: .* answers 503"):
+        rollouts = generate(engine, samples_per_prompt=4)
+    assert len(rollouts) == 8
+    assert len(servers[1].requests()) == 8
+    servers[1].change = change
+    with pytest.raises(RuntimeError, match="^No vLLM server is left: .* answers 503"):
+        generate(engine)
+    release.set()
+
+
 def test_a_server_that_goes_is_left_out(servers: list[Server], tmp_path: Path):
     engine = engine_of(servers, tmp_path)
     generate(engine)
