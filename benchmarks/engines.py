@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from engine_cases import Case, cases
 from matplotlib.figure import Figure
-from measuring import Spread, in_turns, write_report
+from measuring import Spread, in_turns, save_figure, write_report
 from rich.console import Console
 from rich.table import Table
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines import HFEngine, Sampling
-from sppo_lightning.figures.style import BLUE, tidy
+from sppo_lightning.figures.style import BLUE
 from sppo_lightning.models import CausalLMPolicy
 
 Sampler = Callable[[], float]  # samples all responses; the number of useful tokens
@@ -109,9 +109,8 @@ def plot(results: dict[str, dict[str, Spread]], path: Path) -> None:
     ratios = {case: speeds["HFEngine"].median / speeds["generate()"].median for case, speeds in results.items()}
     axes.barh(list(ratios)[::-1], list(ratios.values())[::-1], color=BLUE)
     axes.axvline(1.0, color="black", linewidth=1)
-    tidy(axes)
     axes.set_xlabel("useful tokens per second of HFEngine, `generate()` = 1")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path)
 
 
 def main() -> None:

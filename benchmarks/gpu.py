@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measuring import write_report
+from measuring import save_figure, write_report
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
 from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.engines.packing import pack_rollouts
-from sppo_lightning.figures.style import BLUE, GREY, tidy
+from sppo_lightning.figures.style import BLUE, GREY
 from sppo_lightning.functional import token_clip_objective
 from sppo_lightning.memory import Gauge
 from sppo_lightning.models import CausalLMPolicy
@@ -265,10 +265,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     names = [f"{e['shape']}, {e['settings'][0]} × {e['settings'][1]}{', plain' * e['settings'][2]}" for e in update]
     right.barh(names, [each["flop_utilisation"] for each in update], color=BLUE)
     right.set_xlabel("update, FLOP utilisation")
-    for axes in (left, right):
-        tidy(axes)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure
+
+from sppo_lightning.figures.style import tidy
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """The figure, all its axes in the project's style."""
+    for axes in figure.axes:
+        tidy(axes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

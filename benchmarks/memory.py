@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import yaml
 from matplotlib.figure import Figure
-from measuring import write_report
+from measuring import save_figure, write_report
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from sppo_lightning.cli import main as command
-from sppo_lightning.figures.style import BLUE, GREY, ORANGE, tidy
+from sppo_lightning.figures.style import BLUE, GREY, ORANGE
 from sppo_lightning.memory import Gauge
 from sppo_lightning.models.log_probs import selected_log_probs
 from sppo_lightning.models.tiny import word_tokenizer
@@ -207,10 +207,7 @@ def plot(rows: list[dict[str, Any]], peaks: dict[str, float], path: Path) -> Non
     left.legend(frameon=False)
     right.barh(list(peaks), [peak / 2**10 for peak in peaks.values()], color=ORANGE)
     right.set_xlabel("peak of the run, GiB")
-    for axes in (left, right):
-        tidy(axes)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path)
 
 
 def main() -> None:

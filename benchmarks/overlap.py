@@ -20,13 +20,13 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
-from measuring import Spread, write_report
+from measuring import Spread, save_figure, write_report
 from race_runs import QUICKSTART, warm_model, warm_start
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sppo_lightning.figures.style import BLUE, ORANGE, tidy
+from sppo_lightning.figures.style import BLUE, ORANGE
 
 _WARM_UP = 5  # iterations that are not counted: the process that samples starts, the caches fill
 
@@ -128,9 +128,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for place, name in enumerate(names):
         right.scatter([run["after"] for run in results[name]], [place] * len(results[name]), color=ORANGE)
     right.set_xlabel("pass rate after the same number of samples, one point per seed")
-    for axes in (left, right):
-        tidy(axes)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path)
 
 
 def main() -> None:
