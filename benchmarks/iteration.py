@@ -166,8 +166,8 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def measure(cases: list[Case], rounds: int, folder: Path, peer: str) -> Results:
-    """All cases, their sides in turns; a case that takes long has fewer rounds."""
+def measure(cases: list[Case], rounds: int, folder: Path, peer: str, report: Path) -> Results:
+    """All cases, their sides in turns; one that takes long has fewer rounds. `report` is written after each."""
     results: Results = {}
     for case in cases:
         case.model(folder)
@@ -178,6 +178,8 @@ def measure(cases: list[Case], rounds: int, folder: Path, peer: str) -> Results:
         results[case] = by_side
         medians = {side: statistics.median(seconds(runs)) for side, runs in by_side.items()}
         print(f"{case.group}, {case.name}: " + ", ".join(f"{s} {m:.2f} s" for s, m in medians.items()), flush=True)
+        rows = [{"case": vars(case), "sides": figures(case, by_side)} for case, by_side in results.items()]
+        write_report(report, {"cases": rows})
     return results
 
 
@@ -205,11 +207,9 @@ def main() -> None:
     chosen = [case for case in chosen if any(part in f"{case.group}, {case.name}" for part in arguments.cases)]
     if not chosen:
         sys.exit(f"No case has any of {arguments.cases} in its group or name; leave --cases out to see them all.")
-    results = measure(chosen, arguments.rounds, arguments.folder, arguments.peer_python)
-    show(results, Console(width=220))
-    rows = [{"case": vars(case), "sides": figures(case, by_side)} for case, by_side in results.items()]
     output = arguments.output or Path("runs/benchmarks", f"iteration{'_short' * arguments.short}.json")
-    write_report(output, {"cases": rows})
+    results = measure(chosen, arguments.rounds, arguments.folder, arguments.peer_python, output)
+    show(results, Console(width=220))
     if {"response length", "model size"} <= {case.group for case in results}:
         plot(results, output.with_suffix(".png"))
 
