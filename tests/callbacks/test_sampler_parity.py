@@ -78,16 +78,20 @@ def test_stale_weights_are_found_at_the_next_check():
 
 
 def test_a_reference_that_samples_is_compared_with_itself():
-    fit(
-        SamplerParity(every_n_iterations=1, max_gap=1e-5),
+    parity = Remembers(every_n_iterations=1, max_gap=1e-5)
+    _, metrics = fit(
+        parity,
         ReferenceRefresh(every_n_updates=3),
         sample_from="reference",
         sampling=Sampling(max_new_tokens=12),
     )
+    assert len(parity.checked_at) == 4
+    assert metrics["sampler/parity_gap_max"] < 1e-4
 
 
 def test_other_bounds_can_be_set():
-    fit(SamplerParity(every_n_iterations=1, max_gap=100.0), engine=Stale())
+    _, metrics = fit(SamplerParity(every_n_iterations=1, max_gap=100.0), engine=Stale())
+    assert metrics["sampler/parity_gap_mean"] > 1e-3
 
 
 def test_without_a_stage_that_samples_before_it():
