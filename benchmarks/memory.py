@@ -134,6 +134,7 @@ def config(critic: str, folder: Path) -> dict[str, Any]:
         "data": _component("data.PromptDataModule", batch_size=16, train=task),
         "trainer": {
             "max_steps": 2,
+            "default_root_dir": str(folder),
             "limit_val_batches": 0,
             "num_sanity_val_steps": 0,
             "enable_checkpointing": False,

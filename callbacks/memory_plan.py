@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 from torch import Tensor
@@ -20,6 +23,7 @@ from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.memory import Gauge
+from sppo_lightning.module import SPPOModule
 from sppo_lightning.ranks import gather_objects
 
 _SHORTER = "a smaller `sampling.max_new_tokens` or a smaller model, since not even one fits"
@@ -48,6 +52,11 @@ class MemoryPlan(Callback):
                 "`trainer.callbacks` lists MemoryPlan, which needs to know how long responses are, without "
                 "RolloutGeneration; list it too, or remove MemoryPlan."
             )
+        if stage == "fit" and not isinstance(pl_module, SPPOModule):
+            raise InputError(
+                f"`trainer.callbacks` lists MemoryPlan, which plans what SPPOModule samples and learns from, and "
+                f"`model` is {type(pl_module).__name__}; remove MemoryPlan."
+            )
         self._generation = stages[0]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,12 +70,14 @@ class MemoryPlan(Callback):
         gauge = Gauge(pl_module.device)
         batch = loader.longest(max(1, loader.batch_size // trainer.world_size))
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        optimizer = trainer.optimizers[0]
         with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
             plan = _kept(pl_module)
+            # it comes with the first step, where no checkpoint has brought it, and is there from then on
+            to_come = _moments_to_come(optimizer, plan["optimizer"])
             plan["rollout"] = self._rollout(pl_module, gauge, batch)
             plan["update"] = self._update(pl_module, gauge, batch, trainer.world_size)
-        # the optimizer's state comes with the first step, where no checkpoint has brought it
-        optimizer = trainer.optimizers[0]
+            del to_come
         state = [t for each in optimizer.state.values() for t in each.values() if isinstance(t, Tensor)]
         plan["there"], plan["held"] = gauge.total(), gauge.held() - _bytes(state)
         plans = gather_objects(plan)
@@ -110,21 +121,23 @@ class MemoryPlan(Callback):
         """Bytes that the largest micro-batch needs at most, its gradients included."""
         rollouts = self._longest_rollouts(module, batch, ranks)
         budget, longest = module.micro_batch_tokens, max(rollouts.lengths)
-        rows = min(len(rollouts), max(1, budget // longest))
-        lengths = [] if module.critic is None else module.critic.lengths(rollouts)
+        rows, length = _fullest(budget, longest, len(rollouts), longest - self._generation.sampling.max_new_tokens)
 
         def learn(rows: int) -> None:
             module.zero_grad(set_to_none=True)  # what a try that failed has left
+            # a row that is longer than the budget still comes, alone
+            tried = rollouts if rows == 1 else _shorter(rollouts, longest - length)
+            lengths = [] if module.critic is None else module.critic.lengths(tried)
             # as long as the whole budget is tried, the critic's share of it is
-            [group, *_] = [*micro_batches(lengths, max(longest * rows, 1)), []]
-            _backward(module, rollouts, list(range(rows)), group)
+            [group, *_] = [*micro_batches(lengths, rows * max(tried.lengths)), []]
+            _backward(module, tried, list(range(rows)), group)
 
         peak, fitting = _largest_that_fits(learn, rows, gauge)
         module.zero_grad(set_to_none=True)
         if fitting < rows:
             raise InputError(
-                f"`model.micro_batch_tokens`={budget} does not fit into memory with {rows} responses of {longest} "
-                f"tokens, prompt included; use {fitting * longest or _CHEAPER}."
+                f"`model.micro_batch_tokens`={budget} does not fit into memory with {rows} responses of {length} "
+                f"tokens, prompt included; use {longest if fitting == 1 else fitting * length or _CHEAPER}."
             )
         return peak
 
@@ -152,7 +165,47 @@ def _backward(module: Any, rollouts: Rollouts, policy_rows: list[int], critic_ro
     loss = -log_probs.mean()
     if critic_rows:
         loss = loss + module.critic.outputs(rollouts.rows(critic_rows)).mean()
-    module.accumulate(loss, last=False)
+    strategy = module.trainer.strategy
+    # not through the trainer, whose hooks would tell other callbacks of it
+    with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
+        loss.backward()
+
+
+def _fullest(budget: int, longest: int, most: int, prompt: int) -> tuple[int, int]:
+    """The rows of a micro-batch, and their tokens, that leave the least of `budget` unused.
+
+    Two rows that fill it need more than one that is longer than either.
+    """
+    rows = min(most, max(1, -(-budget // longest)))
+    length = longest if rows == 1 else min(longest, budget // rows)
+    if length <= prompt:  # without a response
+        return min(most, max(1, budget // longest)), longest
+    return rows, length
+
+
+def _shorter(rollouts: Rollouts, tokens: int) -> Rollouts:
+    """The rollouts without the last so many tokens of each response."""
+    names = ("response_ids", "response_mask", "sampled_log_probs")
+    kept = rollouts.response_ids.shape[1] - tokens
+    return dataclasses.replace(rollouts, **{name: getattr(rollouts, name)[:, :kept] for name in names})
+
+
+def _moments_to_come(optimizer: torch.optim.Optimizer, size: int) -> list[Tensor]:
+    """AdamW's two moments of each parameter that has none yet, to hold while other things are tried."""
+    fresh = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    try:
+        return [torch.zeros_like(parameter) for parameter in fresh for _ in range(2)]
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    raise InputError(
+        f"The optimizer's state of {_gib(size)} does not fit into memory beside the weights; train with `lora`, or "
+        "shard policy and critic over more devices."
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _largest_that_fits(work: Callable[[int], None], rows: int, gauge: Gauge) -> tuple[int, int]:
@@ -163,7 +216,7 @@ def _largest_that_fits(work: Callable[[int], None], rows: int, gauge: Gauge) -> 
             work(rows)
             return gauge.peak() - before, rows
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not _is_out_of_memory(error):
                 raise
         rows //= 2
     return 0, 0

@@ -11,7 +11,9 @@ from sppo_lightning.batch import PromptBatch
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
+from sppo_lightning.module import SPPOModule
 from sppo_lightning.ranks import gather_objects
+from sppo_lightning.step_metrics import sampler_gaps
 
 # Mean |Δ log p| per token, nats. Rounding moves a logit by its size (about 20) times the dtype's unit, and that is
 # how far two kernels may be from each other: 2e-6 in float32, 0.01 in float16, 0.08 in bfloat16, less in the mean.
@@ -22,8 +24,8 @@ _BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.
 class SamplerParity(Callback):
     """Compares the engine's log-probabilities with the trainer's, of a few responses sampled for it.
 
-    In the first iteration, also of a resumed run, and every so many iterations: stale weights, another attention
-    kernel or another precision show here before they spoil a run. The responses are sampled from the present
+    In the first two iterations, also of a resumed run, and every so many: stale weights, another attention kernel
+    or another precision show here before they spoil a run. The responses are sampled from the present
     weights, without top-k, top-p and min-p, and nothing is learned from them. Logs `sampler/parity_gap_mean` and
     `sampler/parity_gap_max`, in nats per token.
 
@@ -60,6 +62,11 @@ class SamplerParity(Callback):
                 "`trainer.callbacks` lists SamplerParity, which checks the engine of RolloutGeneration, without "
                 "one before it; list RolloutGeneration first, or remove SamplerParity."
             )
+        if stage == "fit" and not isinstance(pl_module, SPPOModule):
+            raise InputError(
+                f"`trainer.callbacks` lists SamplerParity, and {type(pl_module).__name__} learns from no response "
+                "that an engine sampled; remove SamplerParity."
+            )
         self._generation = stages[0]
         self._iterations = 0
 
@@ -67,7 +74,7 @@ class SamplerParity(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Check where it is time."""
-        due = self._iterations % self.every_n_iterations == 0
+        due = self._iterations % self.every_n_iterations == 0 or self._iterations == 1
         self._iterations += 1
         if due:
             self.check(trainer, pl_module, batch)
@@ -85,7 +92,7 @@ class SamplerParity(Callback):
         with trainer.precision_plugin.forward_context():
             log_probs = module.frozen_log_probs(policy, rollouts, range(len(rollouts)))
             dtype = policy.compute_dtype
-        gaps = (log_probs - rollouts.sampled_log_probs).abs()[rollouts.response_mask.bool()].double()
+        gaps = sampler_gaps(log_probs, rollouts, rollouts.response_mask.bool()).double()
         parts = gather_objects((float(gaps.sum()), len(gaps), float(gaps.max()) if len(gaps) else 0.0))
         mean, largest = sum(p[0] for p in parts) / max(sum(p[1] for p in parts), 1), max(p[2] for p in parts)
         module.log_dict({"sampler/parity_gap_mean": mean, "sampler/parity_gap_max": largest})

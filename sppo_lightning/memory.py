@@ -12,7 +12,7 @@ import torch
 
 
 def peak_memory() -> dict[str, float]:
-    """Peaks since the process started, in MB (2²⁰ bytes).
+    """Peaks since the process started, or since a `Gauge` began to count, in MB (2²⁰ bytes).
 
     Returns:
         `peak_mb`, main memory; where the process uses CUDA also `gpu_peak_mb`, what tensors took on the current

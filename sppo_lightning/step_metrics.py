@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sppo_lightning.batch import Rollouts
 from sppo_lightning.calibration import critic_metrics
 from sppo_lightning.experience import Experience, MicroBatch
 from sppo_lightning.meter import Meter
@@ -50,8 +51,12 @@ def count_micro_batch(
     computed = lengths.sum() if module.policy.packs else lengths.max() * len(rollouts)
     meter.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
     fresh = mask & (rollouts.policy_versions == module.global_step)[:, None]  # of the weights that sampled them
-    gap = (log_probs.detach() - rollouts.sampled_log_probs).abs()[fresh].mean()
-    meter.add("sampler/logprob_gap", gap, fresh.sum())
+    meter.add("sampler/logprob_gap", sampler_gaps(log_probs, rollouts, fresh).mean(), fresh.sum())
+
+
+def sampler_gaps(log_probs: Tensor, rollouts: Rollouts, chosen: Tensor) -> Tensor:
+    """How far the trainer's log-probabilities `[N, T]` are from the sampler's at the `chosen` `[N, T]`, nats."""
+    return (log_probs.detach() - rollouts.sampled_log_probs).abs()[chosen]
 
 
 def iteration_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KnowsWhatFollows, make_chain_sppo, make_trainer
+from lightning.pytorch import Callback
+from tiny import KnowsWhatFollows, make_chain_policy, make_chain_sppo, make_trainer
 
+from sppo_lightning import SFTModule
+from sppo_lightning.batching import micro_batches
 from sppo_lightning.callbacks import ExactMatch, MemoryPlan, RolloutGeneration
 from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Engine, HFEngine, Sampling
@@ -75,6 +78,50 @@ def test_an_engine_that_samples_elsewhere_is_left_out(capsys: pytest.CaptureFixt
 
     fit(MemoryPlan(), engine=Elsewhere())
     assert not any(name.startswith("rollout") for name in table(capsys.readouterr().out))
+
+
+class Notes(Callback):
+    """Keeps the tokens of each of the policy's forwards up to the first iteration, and counts backward passes."""
+
+    def __init__(self) -> None:
+        self.forwards: list[int] = []
+        self.backwards = 0
+        self.started = False
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.handle = pl_module.policy.register_forward_pre_hook(
+            lambda _, inputs: self.forwards.append(len(inputs[0]) * max(inputs[0].lengths))
+        )
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.backwards += not self.started
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.handle.remove()
+        self.started = True
+
+
+@pytest.mark.parametrize("spare", [0, 1, -1, 20])
+def test_the_micro_batch_is_the_fullest_that_may_come(spare: int):
+    longest = max(noted(micro_batch_tokens=1).forwards)
+    budget = 2 * longest + spare
+    lengths = range(longest - 8 + 1, longest + 1)  # of responses of 1 to 8 tokens to the longest prompt
+    worst = max(n * max(map(len, micro_batches([n] * 8, budget))) for n in lengths)
+    notes = noted(micro_batch_tokens=budget)
+    assert worst <= max(notes.forwards) <= budget
+    assert notes.backwards == 0  # or other callbacks would take it for the run's
+
+
+def noted(**settings: Any) -> Notes:
+    notes = Notes()
+    fit(notes, MemoryPlan(), mini_batch_size=8, **settings)
+    return notes
+
+
+def test_supervised_learning_has_no_plan():
+    trainer = make_trainer(RolloutGeneration(Sampling(max_new_tokens=4)), ExactMatch(), MemoryPlan())
+    with pytest.raises(InputError, match="`model` is SFTModule; remove MemoryPlan"):
+        trainer.fit(SFTModule(make_chain_policy()), KnowsWhatFollows([]))  # type: ignore[arg-type]
 
 
 SCARCE = """

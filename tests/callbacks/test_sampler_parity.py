@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny import EvenRows, KnowsWhatFollows, make_batch, make_critic, make_policy, make_trainer
 
-from sppo_lightning import SPPOModule
+from sppo_lightning import SFTModule, SPPOModule
 from sppo_lightning.callbacks import ReferenceRefresh, RolloutGeneration, SamplerParity
 from sppo_lightning.engines import Engine, HFEngine, Sampling
 from sppo_lightning.errors import InputError
@@ -59,17 +59,17 @@ def test_an_engine_that_agrees_leaves_no_trace(prefetch: int):
     parity = Remembers(every_n_iterations=2, max_gap=1e-5)
     checked, metrics = fit(parity, prefetch=prefetch)
     plain, _ = fit(prefetch=prefetch)
-    assert parity.checked_at == [0, 2]
+    assert parity.checked_at == [0, 1, 2]
     assert 0 < metrics["sampler/parity_gap_mean"] < metrics["sampler/parity_gap_max"] < 1e-4
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, checked.state_dict()[name]), name
 
 
-def test_stale_weights_are_found_at_the_next_check():
+def test_stale_weights_are_found_after_the_first_update():
     parity = Remembers(every_n_iterations=3)
     with pytest.raises(InputError) as raised:
         fit(parity, engine=Stale())
-    assert parity.checked_at == [0, 3]
+    assert parity.checked_at == [0, 1]
     start = "The log-probabilities of Stale and those of the trainer, in float32, differ by "
     assert str(raised.value).startswith(start)
     mean, most = (float(str(raised.value).split(words)[1].split()[0].rstrip("),")) for words in ("by ", "at most "))
@@ -99,6 +99,12 @@ def test_without_a_stage_that_samples_before_it():
     trainer = make_trainer(SamplerParity(), RolloutGeneration(SAMPLING), EvenRows())
     with pytest.raises(InputError, match="list RolloutGeneration first, or remove SamplerParity"):
         trainer.fit(module, KnowsWhatFollows([]))  # type: ignore[arg-type]
+
+
+def test_supervised_learning_samples_nothing_to_compare():
+    trainer = make_trainer(RolloutGeneration(SAMPLING), EvenRows(), SamplerParity())
+    with pytest.raises(InputError, match="SFTModule learns from no response .*; remove SamplerParity"):
+        trainer.fit(SFTModule(make_policy()), KnowsWhatFollows([]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
