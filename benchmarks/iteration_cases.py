@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from race_runs import BASELINES, QUICKSTART, ROOT, warm_model, warm_start
+from race_runs import BASELINES, QUICKSTART, quiet_environment, warm_model, warm_start
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sppo_lightning.config_files import merge, read
@@ -154,9 +153,7 @@ def run(case: Case, side: str, folder: Path, peer: str) -> dict[str, Any]:
 
 
 def _start(command: list[str], folder: Path) -> None:
-    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": paths}
+    environment = quiet_environment(THREADS)
     with (folder / "output.txt").open("w") as output:
         status = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output).returncode
     if status:

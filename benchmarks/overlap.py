@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 from measuring import Spread, save_figure, write_report
-from race_runs import QUICKSTART, warm_model, warm_start
+from race_runs import QUICKSTART, quiet_environment, warm_model, warm_start
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,8 +81,7 @@ def run(setting: Setting, seed: int, iterations: int, folder: Path) -> dict[str,
     target.mkdir(parents=True)
     (target / "config.yaml").write_text(yaml.safe_dump(config(setting, seed, iterations, folder.resolve())))
     command = [sys.executable, "-m", "sppo_lightning", "fit", "--config", "config.yaml"]
-    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(setting.threads)}
+    environment = quiet_environment(setting.threads)
     with (target / "output.txt").open("w") as output:
         subprocess.run(command, cwd=target, env=environment, check=True, stdout=output, stderr=output)
     log = EventAccumulator(str(target / "log"), size_guidance={"scalars": 0}).Reload()

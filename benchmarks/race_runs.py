@@ -151,12 +151,17 @@ class Run:
         return yaml.safe_load(yaml.safe_dump(merged).replace("runs/quickstart/warm_start/model", model))
 
 
+def quiet_environment(threads: int) -> dict[str, str]:
+    """For a run in a process of its own: no warnings, no network, this project and its benchmarks on the path."""
+    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+
+
 def fit(config: Path, folder: Path, *options: str) -> None:
     """One run of `fit` in `folder`, on one thread; its output goes to fit.log there."""
     command = [sys.executable, "-m", "sppo_lightning", "fit", "--config", str(config.resolve()), *options]
-    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = quiet_environment(threads=1)
     core = CORES.get()  # its own, so that what a run does beside sampling takes no time from another run
     try:
         with (folder / "fit.log").open("w") as log:

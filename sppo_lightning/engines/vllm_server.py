@@ -10,14 +10,14 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.http import JSONClient, Refused, Unreachable
 from sppo_lightning.engines.sampling import Sampling, request_seed, run_seed
 from sppo_lightning.engines.stop_strings import StopStrings
-from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, announce, fingerprint
+from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, fingerprint
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.ranks import gather_objects, rank_and_ranks
@@ -127,7 +127,9 @@ class VLLMServerEngine(Engine):
                             f"passed; start it: {command}"
                         ) from error
                     if not announced:
-                        announce(command, server.url)
+                        rank_zero_info(
+                            f"Waiting for a vLLM server at {server.url}. The command that starts one:\n{command}"
+                        )
                         announced = True
                     time.sleep(_POLL_SECONDS)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -112,8 +111,3 @@ def fingerprint(weights: Iterable[Tensor]) -> list[int]:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [w.contiguous().view(integers[w.element_size()]).sum(dtype=torch.int64) for w in weights]
     return torch.stack(sums).tolist()
-
-
-def announce(command: str, url: str) -> None:
-    """Say once that a server is waited for."""
-    rank_zero_info(f"Waiting for a vLLM server at {url}. The command that starts one:\n{command}")
