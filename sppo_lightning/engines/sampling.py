@@ -127,8 +127,10 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
         log_probs = logits.log_softmax(dim=-1)
         tokens = logits.argmax(dim=-1)
     else:
-        log_probs = truncate(logits / sampling.temperature, sampling).log_softmax(dim=-1)
-        cumulative = log_probs.exp().cumsum(dim=-1)
+        if sampling.temperature != 1:  # a pass over all logits
+            logits = logits / sampling.temperature
+        log_probs = truncate(logits, sampling).log_softmax(dim=-1)
+        cumulative = log_probs.exp().cumsum_(dim=-1)
         # scaled by the sum as rounded, and strictly below it, so no token of probability zero is ever drawn
         target = uniforms.clamp(max=1 - 1e-6) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)

@@ -77,7 +77,9 @@ class CausalLMPolicy(PretrainedModule):
         `head` is what `self.head()` gives, for those who ask many times.
         """
         head = self.head() if head is None else head
-        logits = nn.functional.linear(hidden, head["weight"], head["bias"]).to(self.logits_dtype) * head["scale"]
+        logits = nn.functional.linear(hidden, head["weight"], head["bias"]).to(self.logits_dtype)
+        if head["scale"] != 1:  # a pass over all logits
+            logits = logits * head["scale"]
         return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
 
     def hidden(self, **inputs: Any) -> Tensor:
