@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,14 +37,14 @@ def shares(task: Callable[[], object]) -> dict[str, float]:
         start = time.perf_counter()
         task()
         profiled = time.perf_counter() - start
-    spent: Counter[str] = Counter()
+    spent = dict.fromkeys(KINDS, 0.0)
     for event in recorded.key_averages():
         if event.key.startswith("aten::"):
             products, attention = event.key.startswith(_PRODUCTS), event.key.startswith(_ATTENTION)
             kind = KINDS[0] if products else KINDS[1] if attention else KINDS[2]
             spent[kind] += event.self_cpu_time_total / 1e6
     spent[KINDS[3]] = max(profiled - sum(spent.values()), 0.0)
-    return {kind: spent[kind] / sum(spent.values()) for kind in KINDS}
+    return {kind: taken / sum(spent.values()) for kind, taken in spent.items()}
 
 
 def seconds(task: Callable[[], object], rounds: int) -> float:
