@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from engine_cases import chains, trained
 from matplotlib.figure import Figure
-from measuring import save_figure, write_report
+from measuring import in_turns, save_figure, write_report
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +32,6 @@ KINDS = ("matrix products", "attention", "other operations", "Python")
 
 def shares(task: Callable[[], object]) -> dict[str, float]:
     """The share of each of `KINDS`; Python is what lies between the operations, the profiler included."""
-    task()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         start = time.perf_counter()
         task()
@@ -47,14 +46,14 @@ def shares(task: Callable[[], object]) -> dict[str, float]:
     return {kind: taken / sum(spent.values()) for kind, taken in spent.items()}
 
 
-def seconds(task: Callable[[], object], rounds: int) -> float:
-    """The least of `rounds` runs: what disturbs a run only makes it longer."""
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+def counted(task: Callable[[], object], work: float) -> Callable[[], float]:
+    """The task as one that returns how much it did, in FLOP."""
+
+    def run() -> float:
         task()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        return work
+
+    return run
 
 
 def update(policy: CausalLMPolicy, rollouts: Rollouts, budget: int) -> None:
@@ -62,12 +61,6 @@ def update(policy: CausalLMPolicy, rollouts: Rollouts, budget: int) -> None:
     for rows in micro_batches(rollouts.lengths, budget):
         policy(rollouts.rows(rows))[0].sum().backward()
     policy.zero_grad()
-
-
-def product_speed() -> float:
-    """FLOP/s of a product of two matrices of 1,024 rows and columns."""
-    matrix = torch.randn(1024, 1024)
-    return 2 * 1024**3 / seconds(lambda: matrix @ matrix, 50)
 
 
 def measure(prompts: int, samples: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
@@ -79,25 +72,30 @@ def measure(prompts: int, samples: int, rounds: int, folder: Path) -> dict[str, 
     rollouts = engine.generate(batch, sampling)
     head = policy.head()["weight"].numel()
     blocks = sum(weight.numel() for weight in policy.parameters() if weight.ndim > 1) - head
+    matrix = torch.randn(1024, 1024)
     prompt_tokens, drawn = sum(map(len, batch.token_ids)), int(rollouts.response_mask.sum())
     # 2 FLOP per weight and token forward, 4 backward; only tokens that are drawn meet the head
     work = {
         "sampling": 2 * (blocks * (prompt_tokens + drawn) + head * drawn),
         "update": 6 * (blocks * sum(rollouts.lengths) + head * drawn),
+        "product": 2 * len(matrix) ** 3,
     }
-    speed = product_speed()
-    tasks = {
+    tasks: dict[str, Callable[[], object]] = {
         "sampling": lambda: engine.generate(batch, sampling),
         "update": lambda: update(policy, rollouts, 2048),
+        "product": lambda: matrix @ matrix,
     }
-    found = {}
-    for name, task in tasks.items():
-        found[name] = {
-            **shares(task),
-            "seconds": seconds(task, rounds),
-            "seconds at the machine's speed": work[name] / speed,
+    runs = {name: counted(task, work[name]) for name, task in tasks.items()}
+    # FLOP/s of the fastest run: what disturbs a run only makes it longer
+    speeds = {name: spread.greatest for name, spread in in_turns(runs, rounds).items()}
+    return {
+        name: {
+            **shares(tasks[name]),
+            "seconds": work[name] / speeds[name],
+            "seconds at the machine's speed": work[name] / speeds["product"],
         }
-    return found
+        for name in ("sampling", "update")
+    }
 
 
 def plot(found: dict[str, dict[str, float]], path: Path) -> None:

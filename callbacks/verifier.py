@@ -171,7 +171,7 @@ class Verifier(Stage):
                 scores = self._checked(rollouts)
             except InputError:
                 raise
-            except Exception:
+            except Exception:  # whatever a verifier raises is a failure that is counted, up to `max_failure_rate`
                 self._first_traceback = self._first_traceback or traceback.format_exc()
                 self.counts = before.copy()  # what the failed call counted is counted again, row by row
                 scores = self._score_one_by_one(rollouts)
@@ -197,7 +197,7 @@ class Verifier(Stage):
             except TimeoutError:
                 self.counts.update(timeouts=1, timeouts_raised=1)
                 scores.append(None)
-            except Exception:
+            except Exception:  # as above
                 self.counts["errors"] += 1
                 scores.append(None)
         return scores

@@ -222,7 +222,7 @@ def _serve(connection: Connection, engine: Engine) -> None:
             _answer(connection, engine, policy, value)
         except InputError as error:
             connection.send(_Failure(str(error), True))
-        except Exception:
+        except Exception:  # whatever it is, the trainer waits for an answer, and raises it
             connection.send(_Failure(f"Sampling failed in its process:\n{traceback.format_exc()}", False))
 
 
