@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
@@ -15,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.http import JSONClient, Refused, Unreachable
-from sppo_lightning.engines.sampling import Sampling, request_seed, run_seed
+from sppo_lightning.engines.sampling import Sampling, run_seed
 from sppo_lightning.engines.stop_strings import StopStrings
+from sppo_lightning.engines.vllm_requests import check_answer, cut_at_stop, request_settings, seed_of
 from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, fingerprint
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
@@ -87,19 +86,19 @@ class VLLMServerEngine(Engine):
         if self.policy is None:
             raise RuntimeError("VLLMServerEngine.stream was called before update_weights.")
         requests = [(i, s) for i in range(len(batch)) for s in range(sampling.samples_per_prompt)]
-        seed, settings = run_seed(), self._settings(sampling)
+        seed, settings = run_seed(), request_settings(sampling, self.policy.eos_token_ids)
         stop = StopStrings(self.policy.tokenizer, sampling.stop)
         finished: SimpleQueue[Future[Response]] = SimpleQueue()  # in the order in which they finish
         with ThreadPoolExecutor(min(self.max_requests, max(len(requests), 1))) as threads:
             asked = [
-                threads.submit(self._respond, number, place, batch, {**settings, "seed": _seed(seed, batch, place)})
+                threads.submit(self._respond, number, place, batch, {**settings, "seed": seed_of(seed, batch, place)})
                 for number, place in enumerate(requests)
             ]
             try:
                 for future in asked:
                     future.add_done_callback(finished.put)
                 for _ in asked:
-                    yield _cut(self._next(finished).result(), stop)
+                    yield cut_at_stop(self._next(finished).result(), stop)
             finally:
                 threads.shutdown(cancel_futures=True)
 
@@ -160,20 +159,6 @@ class VLLMServerEngine(Engine):
         if len(left) < before:
             rank_zero_warn(f"A vLLM server is left out from now on, {len(left)} go on: {why}.")
 
-    def _settings(self, sampling: Sampling) -> dict[str, Any]:
-        assert self.policy is not None
-        return {
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "stop": list(sampling.stop),
-            "include_stop_str_in_output": True,
-            "stop_token_ids": self.policy.eos_token_ids,
-            "logprobs": 0,  # of the tokens drawn alone
-        }
-
     def _respond(
         self, number: int, place: tuple[int, int], batch: PromptBatch, settings: dict[str, Any]
     ) -> Response:
@@ -205,10 +190,7 @@ class VLLMServerEngine(Engine):
             labels = {span["version"] for span in choice["weight_versions"]}
         except (KeyError, TypeError, ValueError) as error:
             raise RuntimeError(f"{url} answers without {error}: {str(answer)[:300]}") from error
-        if len(ids) != len(log_probs) or not ids or not all(map(math.isfinite, log_probs)):
-            raise RuntimeError(f"{url} gives {len(ids)} tokens and log-probabilities {log_probs[:5]} …")
-        if reason not in ("stop", "length"):
-            raise RuntimeError(f"{url} ended a response for the reason {reason!r}, which is none of its own.")
+        check_answer(url, ids, log_probs, reason)
         if labels != {self._label}:
             raise RuntimeError(
                 f"{url} sampled from the weights {sorted(labels)}, where {self._label!r} are the present ones; it "
@@ -220,21 +202,3 @@ class VLLMServerEngine(Engine):
 def _health(server: JSONClient) -> None:
     """Raise `Unreachable` for a server that is not well; on a connection of its own, others may be busy."""
     JSONClient(server.url, _LOOK_SECONDS).get("/health")
-
-
-def _cut(response: Response, stop: StopStrings) -> Response:
-    """The response up to its first stop string: vLLM's text of it may differ from the tokenizer's, and miss one."""
-    length = stop.cut(response.token_ids)
-    if length is None or response.finish_reason == "stop" and length == len(response.token_ids):
-        return response
-    return replace(
-        response,
-        token_ids=response.token_ids[:length],
-        log_probs=response.log_probs[:length],
-        finish_reason="stop",
-    )
-
-
-def _seed(seed: int, batch: PromptBatch, place: tuple[int, int]) -> int:
-    """63 bits, which is what vLLM takes."""
-    return request_seed(seed, batch.prompts[place[0]], batch.visits[place[0]], place[1]) % 2**63

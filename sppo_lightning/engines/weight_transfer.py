@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,9 +34,6 @@ class WeightTransfer(ABC):
 class FolderTransfer(WeightTransfer):
     """Through a folder that trainer and servers see, from which vLLM loads the weights anew.
 
-    The output embedding is stored as a weight of its own even where the model ties it to the input embedding:
-    vLLM keeps a packed copy of a tied one that does not follow.
-
     Args:
         path: The folder, as the trainer sees it; in memory (`/dev/shm/…`) where all are on one machine.
         served_path: The same folder as the servers see it; `path` where left out.
@@ -48,14 +45,8 @@ class FolderTransfer(WeightTransfer):
 
     def prepare(self, policy: CausalLMPolicy) -> str:
         """Write the model's folder; the command that serves it."""
-        config = copy.deepcopy(policy.model.config)
-        config.tie_word_embeddings = False
-        config.architectures = [type(policy.model).__name__]
-        config.dtype = policy.compute_dtype
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            config.save_pretrained(self.path)
-            policy.tokenizer.save_pretrained(self.path)
+            write_description(policy, self.path)
             self._write(policy)
         except OSError as error:
             raise InputError(
@@ -80,26 +71,52 @@ class FolderTransfer(WeightTransfer):
     def _write(self, policy: CausalLMPolicy) -> None:
         """Replace the file of weights in one go: a server never sees half of it."""
         unfinished = self.path / "model.safetensors.tmp"
-        save_file(served_weights(policy), unfinished, metadata={"format": "pt"})
+        save_file(dict(served_weights(policy, "cpu", copied=True)), unfinished, metadata={"format": "pt"})
         os.replace(unfinished, self.path / "model.safetensors")
 
 
 @torch.no_grad()
-def served_weights(policy: CausalLMPolicy) -> dict[str, Tensor]:
-    """All weights by name, on the CPU, with adapters merged and no two of them in the same memory."""
-    weights: dict[str, Tensor] = {}
-    for name, weight in merged_weights(policy.model, "cpu"):
+def served_weights(
+    policy: CausalLMPolicy, device: torch.device | str, *, copied: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights in the compute dtype, one at a time, with adapters merged and the head under its own name.
+
+    Args:
+        policy: Whose weights.
+        device: Where they go.
+        copied: Each in memory of its own; else one may be the policy's, or two the same.
+    """
+    head = policy.model.get_output_embeddings().weight
+    unseen = {f"{name}.weight" for name, m in policy.model.named_modules() if getattr(m, "weight", None) is head}
+
+    def ready(weight: Tensor) -> Tensor:
+        return weight.detach().to(device, policy.compute_dtype, copy=copied).contiguous()
+
+    for name, weight in merged_weights(policy.model, device):
         if isinstance(weight, DTensor):
             raise InputError(
-                "`trainer.strategy` shards the policy, whose weights cannot be sent to a server then; use ddp or "
-                "one device."
+                "`trainer.strategy` shards the policy, whose weights cannot be given to vLLM then; use ddp or one "
+                "device."
             )
-        weights[name] = weight.detach().to("cpu", policy.compute_dtype, copy=True).contiguous()
-    head = policy.model.get_output_embeddings().weight
-    missing = {f"{name}.weight" for name, m in policy.model.named_modules() if getattr(m, "weight", None) is head}
-    for name in missing - set(weights):
-        weights[name] = head.detach().to("cpu", policy.compute_dtype, copy=True)
-    return weights
+        unseen.discard(name)
+        yield name, ready(weight)
+    for name in unseen:
+        yield name, ready(head)
+
+
+def write_description(policy: CausalLMPolicy, folder: Path) -> None:
+    """All of a model's folder but the weights: configuration and tokenizer.
+
+    The output embedding is a weight of its own there even where the model ties it to the input embedding: vLLM
+    keeps a packed copy of a tied one that does not follow.
+    """
+    config = copy.deepcopy(policy.model.config)
+    config.tie_word_embeddings = False
+    config.architectures = [type(policy.model).__name__]
+    config.dtype = policy.compute_dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
