@@ -24,7 +24,7 @@ from sppo_lightning.engines.vllm_requests import check_answer, cut_at_stop, requ
 from sppo_lightning.engines.weight_transfer import fingerprint, served_weights, write_description
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
-from sppo_lightning.ranks import rank_and_ranks
+from sppo_lightning.models.loading import first_sentence
 
 _SETTINGS = {  # of the process, while vLLM starts
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own
@@ -86,9 +86,7 @@ class VLLMEngine(Engine):
         places = self._ask(batch, sampling)
         try:
             while places:
-                with torch.autocast(self.policy.device.type, enabled=False):  # vLLM's precision is its own
-                    outputs = engine.step()
-                for output in outputs:
+                for output in self._step():
                     yield cut_at_stop(_response(output, places.pop(output.request_id), self.version), stop)
         finally:
             engine.abort_request(list(places))  # what is left where the reader stops
@@ -98,19 +96,27 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """End vLLM and give its memory back."""
-        if self._llm is None:
-            return
-        with _surroundings_kept(), _default_group_kept():
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm, self._sent, self._asleep = None, None, False
-            gc.collect()
+        if self._llm is not None:
+            with _surroundings_kept(), _default_group_kept():
+                self._llm.llm_engine.engine_core.shutdown()
+                self._llm, self._sent, self._asleep = None, None, False
+                gc.collect()
         if self._own_group:
             dist.destroy_process_group()
             self._own_group = False
 
+    def _step(self) -> list[Any]:
+        """One step of vLLM, in its own precision and with random numbers of its own; what has finished."""
+        assert self.policy is not None
+        device = self.policy.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
+            return self._llm.llm_engine.step()
+
     def _ask(self, batch: PromptBatch, sampling: Sampling) -> dict[str, tuple[int, int]]:
         """Hand in one request per response; the prompt's row and the sample of each, by its name."""
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         assert self.policy is not None
@@ -126,7 +132,7 @@ class VLLMEngine(Engine):
             params = SamplingParams(
                 **settings, seed=seed_of(seed, batch, place), output_kind=RequestOutputKind.FINAL_ONLY
             )
-            self._llm.llm_engine.add_request(name, {"prompt_token_ids": batch.token_ids[place[0]]}, params)
+            self._llm.llm_engine.add_request(name, tokens_input(batch.token_ids[place[0]]), params)
         return places
 
     def _bring_up_to_date(self, policy: CausalLMPolicy) -> None:
@@ -146,30 +152,35 @@ class VLLMEngine(Engine):
 
     def _start(self, policy: CausalLMPolicy) -> None:
         """Start vLLM without weights, in the process group of the trainer."""
-        rank, _ = rank_and_ranks()
+        if not dist.is_initialized():  # or vLLM would make one, and take the first device
+            backend = "cpu:gloo,cuda:nccl" if policy.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            self._own_group = True
+        arguments = {
+            "dtype": str(policy.compute_dtype).removeprefix("torch."),
+            "generation_config": "vllm",  # not what the model's authors recommend
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+            "load_format": "dummy",
+            "distributed_executor_backend": "external_launcher",
+            "enable_sleep_mode": policy.device.type == "cuda",
+            **self.arguments,
+        }
         with _surroundings_kept(), TemporaryDirectory() as folder:
-            local_rank = policy.device.index or 0
-            os.environ.update(_SETTINGS, RANK=str(rank), LOCAL_RANK=str(local_rank))
-            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-            if not dist.is_initialized():  # or vLLM would make one, and take the first device
-                backend = "cpu:gloo,cuda:nccl" if policy.device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-                self._own_group = True
+            os.environ.update(_SETTINGS, RANK=str(dist.get_rank()), LOCAL_RANK=str(policy.device.index or 0))
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what is meant, at each update
             write_description(policy, Path(folder))
             import vllm
+            from vllm.distributed import cleanup_dist_env_and_memory
 
-            self._llm = vllm.LLM(
-                folder,
-                **{
-                    "dtype": str(policy.compute_dtype).removeprefix("torch."),
-                    "generation_config": "vllm",
-                    "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
-                    "load_format": "dummy",
-                    "distributed_executor_backend": "external_launcher",
-                    "enable_sleep_mode": policy.device.type == "cuda",
-                    **self.arguments,
-                },
-            )
+            try:
+                self._llm = vllm.LLM(folder, **arguments)
+            except (ValueError, TypeError, RuntimeError) as error:
+                with _default_group_kept():
+                    cleanup_dist_env_and_memory()
+                self.close()
+                raise InputError(
+                    f"vLLM does not start with the settings of VLLMEngine, {self.arguments}: {first_sentence(error)}"
+                ) from error
 
 
 @contextmanager

@@ -91,7 +91,9 @@ class VLLMServerEngine(Engine):
         finished: SimpleQueue[Future[Response]] = SimpleQueue()  # in the order in which they finish
         with ThreadPoolExecutor(min(self.max_requests, max(len(requests), 1))) as threads:
             asked = [
-                threads.submit(self._respond, number, place, batch, {**settings, "seed": seed_of(seed, batch, place)})
+                threads.submit(
+                    self._respond, number, place, batch, {**settings, "seed": seed_of(seed, batch, place)}
+                )
                 for number, place in enumerate(requests)
             ]
             try:

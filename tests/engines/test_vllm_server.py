@@ -1,22 +1,17 @@
 """VLLMServerEngine with real servers: the contract, training, and a server that dies."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from contract import TEXTS, EngineContract, MakePolicy, ids, sample
-from lightning.pytorch import Callback
-from tiny import EvenRows, KnowsWhatFollows, make_batch, make_critic, make_trainer
+from tiny import make_batch
 from vllm_process import VLLMProcess, served_policy
+from vllm_training import train
 
-from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Rollouts
-from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import FolderTransfer, Sampling, VLLMServerEngine
-from sppo_lightning.optim import GroupOptimizer
 
 pytestmark = pytest.mark.vllm
 
@@ -47,41 +42,6 @@ class TestVLLMServerEngine(EngineContract):
     @pytest.fixture
     def policy_of(self) -> MakePolicy:
         return served_policy
-
-
-class Watches(Callback):
-    """Keeps, of each iteration, how far the servers' log-probabilities are from the weights they claim to be of."""
-
-    def __init__(self) -> None:
-        self.weights: dict[int, dict[str, torch.Tensor]] = {}
-        self.versions: list[int] = []
-        self.gaps: list[float] = []
-        self.moved: list[float] = []
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, _: int) -> None:
-        self.weights[trainer.global_step] = copy.deepcopy(module.policy.state_dict())
-        [version] = set(batch.rollouts.policy_versions.tolist())
-        policy = copy.deepcopy(module.policy)
-        with torch.no_grad():
-            newest = policy(batch.rollouts)[0]
-            policy.load_state_dict(self.weights[version])
-            own = policy(batch.rollouts)[0]
-        self.versions.append(version)
-        self.gaps.append(float((own - batch.rollouts.sampled_log_probs).abs().max()))
-        self.moved.append(float((newest - own).abs().max()))
-
-
-def train(engine: VLLMServerEngine, prefetch: int) -> Watches:
-    optimizer = GroupOptimizer(lr=0.003, weight_decay=0.0)
-    module = SPPOModule(served_policy(), make_critic(zero=True), policy_optimizer=optimizer)
-    texts = ["1 + 2 =", "8 8", "4 ; 4", "q r s"]
-    batches = [make_batch(module.policy, texts, first_row=4 * i) for i in range(5)]
-    watches = Watches()
-    generation = RolloutGeneration(
-        Sampling(max_new_tokens=24, samples_per_prompt=4), engine=engine, prefetch=prefetch
-    )
-    make_trainer(generation, EvenRows(), watches).fit(module, KnowsWhatFollows(batches))  # type: ignore[arg-type]
-    return watches
 
 
 @pytest.mark.parametrize("prefetch", [0, 1])
