@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sppo_lightning.batch import PromptBatch
-from sppo_lightning.engines import HFEngine, Sampling
+from sppo_lightning.engines import Engine, HFEngine, Sampling, VLLMEngine
 from sppo_lightning.figures.style import BLUE
 from sppo_lightning.models import CausalLMPolicy
 
 Sampler = Callable[[], float]  # samples all responses; the number of useful tokens
 
 
-def generate(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling) -> Sampler:
+def generate(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, _: ExitStack) -> Sampler:
     """`generate()` of all prompts as one batch, padded on the left."""
     width = max(map(len, batch.token_ids))
     pad = policy.tokenizer.pad_token_id
@@ -46,7 +47,7 @@ def generate(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling) -> 
     return run
 
 
-def generate_batch(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling) -> Sampler:
+def generate_batch(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, _: ExitStack) -> Sampler:
     """Transformers' continuous batching, with its default settings."""
     config = policy.model.generation_config.__class__(
         **_settings(policy, sampling),
@@ -61,11 +62,21 @@ def generate_batch(policy: CausalLMPolicy, batch: PromptBatch, sampling: Samplin
     return run
 
 
-def hf_engine(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling) -> Sampler:
-    """Our default engine."""
-    engine = HFEngine()
-    engine.update_weights(policy, 0)
-    return lambda: float(sum(len(response.token_ids) for response in engine.stream(batch, sampling)))
+def engine_of(make: Callable[[], Engine]) -> Callable[..., Sampler]:
+    """One of our engines, which is closed when the case is done."""
+
+    def start(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, engines: ExitStack) -> Sampler:
+        engine = make()
+        engines.callback(engine.close)
+        engine.update_weights(policy, 0)
+        return lambda: float(sum(len(response.token_ids) for response in engine.stream(batch, sampling)))
+
+    return start
+
+
+def vllm_engine() -> Engine:
+    """VLLMEngine, with what a CPU needs."""
+    return VLLMEngine(max_model_len=1024, vllm={"kv_cache_memory_bytes": 2**29})
 
 
 def _settings(policy: CausalLMPolicy, sampling: Sampling) -> dict[str, Any]:
@@ -77,26 +88,32 @@ def _settings(policy: CausalLMPolicy, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-ENGINES = {"generate()": generate, "HFEngine": hf_engine, "generate_batch()": generate_batch}
+SAMPLERS = {
+    "generate()": generate,
+    "HFEngine": engine_of(HFEngine),
+    "VLLMEngine": engine_of(vllm_engine),
+    "generate_batch()": generate_batch,
+}
 
 
 def measure(case: Case, names: list[str], rounds: int) -> dict[str, Spread]:
     """Useful tokens per second of each engine on one case."""
     policy = case.policy()
     batch = case.prompts(policy)
-    return in_turns({name: ENGINES[name](policy, batch, case.sampling) for name in names}, rounds)
+    with ExitStack() as engines:
+        return in_turns({name: SAMPLERS[name](policy, batch, case.sampling, engines) for name in names}, rounds)
 
 
 def show(results: dict[str, dict[str, Spread]]) -> None:
     """A row per case; ratios are to `generate()`."""
     table = Table(title="Useful tokens per second: median (least to greatest)")
     table.add_column("case")
-    for name in ENGINES:
+    for name in SAMPLERS:
         table.add_column(name, justify="right")
     for case, speeds in results.items():
         base = speeds["generate()"].median
         cells = [
-            f"{speeds[name]}\n× {speeds[name].median / base:.2f}" if name in speeds else "–" for name in ENGINES
+            f"{speeds[name]}\n× {speeds[name].median / base:.2f}" if name in speeds else "–" for name in SAMPLERS
         ]
         table.add_row(case, *cells)
     Console(width=130).print(table)
@@ -120,11 +137,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", default="", help="only the cases with this in their name")
     parser.add_argument("--slow", action="store_true", help="also generate_batch(), which takes minutes on a CPU")
+    parser.add_argument("--vllm", action="store_true", help="also VLLMEngine, in an environment that has vLLM")
     parser.add_argument("--warm-starts", type=Path, default=Path("runs/benchmarks/engines"))
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/engines.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names = [name for name in ENGINES if arguments.slow or name != "generate_batch()"]
+    left_out = {"generate_batch()": not arguments.slow, "VLLMEngine": not arguments.vllm}
+    names = [name for name in SAMPLERS if not left_out.get(name)]
     results = {}
     for case in cases(arguments.warm_starts):
         if arguments.cases in case.name:

@@ -24,7 +24,6 @@ from sppo_lightning.engines.vllm_requests import check_answer, cut_at_stop, requ
 from sppo_lightning.engines.weight_transfer import fingerprint, served_weights, write_description
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
-from sppo_lightning.models.loading import first_sentence
 
 _SETTINGS = {  # of the process, while vLLM starts
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own
@@ -124,7 +123,8 @@ class VLLMEngine(Engine):
         if longest + sampling.max_new_tokens > limit:
             raise InputError(
                 f"A prompt of {longest} tokens and `max_new_tokens`={sampling.max_new_tokens} are more than "
-                f"`max_model_len`={limit} of VLLMEngine; raise it, or lower `max_new_tokens` or `max_prompt_tokens`."
+                f"`max_model_len`={limit} of VLLMEngine; raise it, or lower `max_new_tokens` or "
+                "`max_prompt_tokens`."
             )
         seed, settings = run_seed(), request_settings(sampling, self.policy.eos_token_ids)
         places = {f"{i}.{s}": (i, s) for i in range(len(batch)) for s in range(sampling.samples_per_prompt)}
@@ -178,14 +178,15 @@ class VLLMEngine(Engine):
                 with _default_group_kept():
                     cleanup_dist_env_and_memory()
                 self.close()
+                why = " ".join(str(error).split())[:500]
                 raise InputError(
-                    f"vLLM does not start with the settings of VLLMEngine, {self.arguments}: {first_sentence(error)}"
+                    f"vLLM does not start with the settings of VLLMEngine, {self.arguments}: {why}"
                 ) from error
 
 
 @contextmanager
 def _surroundings_kept() -> Iterator[None]:
-    """vLLM starts and ends as if the process were its own: what it sets of random states and torch is set back."""
+    """Set back what vLLM sets of random states, torch and the environment, as if the process were its own."""
     environment, set_num_threads = dict(os.environ), torch.set_num_threads
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
@@ -201,7 +202,7 @@ def _surroundings_kept() -> Iterator[None]:
 
 @contextmanager
 def _default_group_kept() -> Iterator[None]:
-    """vLLM destroys the default process group with its own ones; the trainer still needs it."""
+    """Let vLLM destroy its own process groups, but not the default one, which the trainer still needs."""
     destroy = dist.destroy_process_group
 
     def destroy_but_the_default(group: Any = None) -> None:

@@ -14,7 +14,7 @@ from sppo_lightning.engines.stop_strings import StopStrings
 
 
 def request_settings(sampling: Sampling, end_of_sequence: Sequence[int]) -> dict[str, Any]:
-    """vLLM's names for the settings of a request, but for its seed."""
+    """The settings of a request by vLLM's names, but for its seed."""
     return {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract import TEXTS, EngineContract, MakePolicy, ids, sample
+from test_docs import callbacks_built
 from tiny import make_batch
 from vllm_process import served_policy
 from vllm_training import Watches, train
 
+from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import Sampling, VLLMEngine
 from sppo_lightning.errors import InputError
 
@@ -124,6 +127,16 @@ def test_the_process_is_left_as_it_was(grouped: bool):
         if grouped:
             dist.all_reduce(torch.ones(1))
             dist.destroy_process_group()
+
+
+def test_the_documented_settings_build_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    [generation] = [
+        callback
+        for callback in callbacks_built("VLLMEngine", monkeypatch, tmp_path, "docs/vllm.md")
+        if isinstance(callback, RolloutGeneration)
+    ]
+    expected = {"gpu_memory_utilization": 0.3, "max_model_len": 4096, "max_num_seqs": 256}
+    assert generation.engine.arguments == expected
 
 
 def test_settings_that_vllm_does_not_take():
