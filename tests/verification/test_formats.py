@@ -63,14 +63,14 @@ def test_a_search_that_would_never_end_is_no_form(kind: str, pattern: str):
     form = ResponseFormat(**{kind: [pattern]})
     start = time.perf_counter()
     assert form.check("a" * 50_000 + "!", timeout_seconds=0.1) == "timeout"
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # or for ever
 
 
 def test_the_patterns_share_their_time():
     form = ResponseFormat(forbid=["(a+)+$"] * 50)
     start = time.perf_counter()
     assert form.check("a" * 5000 + "!", timeout_seconds=0.1) == "timeout"
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 3  # 5 where each has its own
 
 
 def test_what_is_too_long_to_read_is_broken():

