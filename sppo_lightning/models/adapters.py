@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sppo_lightning.errors import InputError
-from sppo_lightning.models.loading import first_sentence
+from sppo_lightning.models.loading import base_of, first_sentence
 
 _ADAPTER = "default"  # peft's name for a model's only adapter
 
@@ -61,7 +61,7 @@ def add_adapters(model: Any, lora: LoRA, setting: str, head: Collection[str] = (
     try:
         from peft import LoraConfig
 
-        below = {id(module) for module in model.base_model.modules()}
+        below = {id(module) for module in base_of(model).modules()}
         above = [name for name, module in model.named_modules() if id(module) not in below and name]
         model.add_adapter(
             LoraConfig(

@@ -184,6 +184,11 @@ def _check_attention(error: Exception, setting: str, name: str | None) -> None:
         ) from error
 
 
+def base_of(model: Any) -> Any:
+    """The transformer below the head; transformers looks for Llama 4's under a name that it has not."""
+    return model.base_model if model.base_model is not model else model.model
+
+
 def first_sentence(error: Exception) -> str:
     """Without the list of all classes that transformers appends; a line that ends in a colon has a next one."""
     return re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0].split(". ")[0].rstrip(".")

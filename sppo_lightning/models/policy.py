@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.adapters import adapters_off
-from sppo_lightning.models.loading import eager_attention
+from sppo_lightning.models.loading import base_of, eager_attention
 from sppo_lightning.models.log_probs import selected_log_probs
 from sppo_lightning.models.pretrained import PretrainedModule
 
@@ -84,7 +84,7 @@ class CausalLMPolicy(PretrainedModule):
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states `[N, L, H]` of the base model for its own arguments."""
-        return self.model.base_model(**inputs).last_hidden_state
+        return base_of(self.model)(**inputs).last_hidden_state
 
     def as_reference(self) -> CausalLMPolicy:
         """A policy that stays what this one is before training: with LoRA this one with its adapters off."""

@@ -91,7 +91,7 @@ def test_compiled_blocks_compute_the_same(gradient_checkpointing: bool):
 def test_logits_of_a_decoding_step(family: str):
     policy = FamilyPolicy(family)
     ids = torch.tensor([policy.tokenizer("9 - 4 = ; a b c")["input_ids"]])
-    hidden = policy.model.base_model(input_ids=ids).last_hidden_state[0]
+    hidden = policy.hidden(input_ids=ids)[0]
     expected = policy.model(input_ids=ids).logits[0]
     torch.testing.assert_close(policy.logits(hidden), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.05  # a scale or a bound that is forgotten would show
