@@ -15,7 +15,7 @@ help:
 	@echo "make test         install and run the tests (about 5 minutes)"
 	@echo "make slow         the tests that take longer"
 	@echo "make sandbox      the tests that run submitted code; they need bubblewrap (Debian: apt install bubblewrap)"
-	@echo "make vllm         the tests with vLLM servers, in an environment of their own ($(VLLM_VENV))"
+	@echo "make vllm         the tests with vLLM, in an environment of their own ($(VLLM_VENV))"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and the source archive into dist/"
 
@@ -37,7 +37,7 @@ sandbox: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m sandbox
 
 vllm: $(VLLM_VENV)/.installed
-	@echo "==> tests with vLLM servers"
+	@echo "==> tests with vLLM"
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm
 
 lint: install
