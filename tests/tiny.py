@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 2,
         "intermediate_size_mlp": 32,
     },  # its base has another name
+    "bert": {"is_decoder": True},  # layers of its own between the transformer and the output embedding
 }
 
 
@@ -64,8 +65,8 @@ def family_config(family: str, vocab_size: int) -> dict[str, Any]:
 class FamilyPolicy(CausalLMPolicy):
     """A model of a given family with random weights, sharp enough that its choices differ."""
 
-    def __init__(self, family: str) -> None:
-        super().__init__(config=family_config(family, len(self.tokenizer)))
+    def __init__(self, family: str, **settings: Any) -> None:
+        super().__init__(config=family_config(family, len(self.tokenizer)), **settings)
         torch.manual_seed(3)
         self.build()
         for parameter in self.parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 128 * 2**20  # of one chunk's logits
 
@@ -155,16 +156,64 @@ def selected_log_probs(
     Raises:
         ValueError: `temperature` or `chunk_size` is not above 0.
     """
-    for name, value in (("temperature", temperature), ("chunk_size", chunk_size)):
-        if value is not None and not value > 0:
-            raise ValueError(f"`{name}`={value} is not above 0; use 1 or more.")
+    _check_positive(temperature=temperature, chunk_size=chunk_size)
     matmul_dtype, device = hidden.dtype, hidden.device.type
     if torch.is_autocast_enabled(device) and matmul_dtype != torch.float64:
         matmul_dtype = torch.get_autocast_dtype(device)
     dtype = torch.promote_types(matmul_dtype, torch.float32)
-    rows = chunk_size or max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
+    rows = chunk_size or _rows_at_once(len(weight), dtype)
     head = _Logits(scale, softcap or None, temperature, matmul_dtype, dtype, rows)
     return _SelectedLogProbs.apply(hidden, weight, bias, targets, head)
+
+
+def selected_log_probs_of(
+    logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    width: int,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of logits that any function computes, chunk by chunk, and once more in the backward pass.
+
+    Args:
+        logits: `[C, H]` hidden states to `[C, V]` logits, float32 or float64, before the temperature.
+        hidden: `[M, H]`, the last hidden states at the positions that predict `targets`.
+        targets: `[M]`, int64 token ids.
+        width: V, for the size of a chunk.
+        temperature: what the logits are divided by, as in sampling.
+        chunk_size: rows of logits computed at a time; as many as fit 128 MiB if None.
+
+    Returns:
+        `(log_probs, entropy)`, `[M]` each, in nats; the entropy is detached.
+
+    Raises:
+        ValueError: `temperature` or `chunk_size` is not above 0.
+    """
+    _check_positive(temperature=temperature, chunk_size=chunk_size)
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = (logits(hidden) / temperature).log_softmax(dim=-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(log_p.exp()).sum(dim=-1)  # 0 where a token cannot be
+        return log_p.gather(1, targets[:, None]).squeeze(1), entropy
+
+    rows = chunk_size or _rows_at_once(width, torch.promote_types(hidden.dtype, torch.float32))
+    pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+    log_probs, entropies = zip(*(checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs), strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def _rows_at_once(width: int, dtype: torch.dtype) -> int:
+    """Rows of logits of this width in one chunk."""
+    return max(1, CHUNK_BYTES // (dtype.itemsize * width))
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}`={value} is not above 0; use 1 or more.")
 
 
 def _like(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -14,7 +14,8 @@ from sppo_lightning.batch import Rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.adapters import adapters_off
 from sppo_lightning.models.loading import base_of, eager_attention
-from sppo_lightning.models.log_probs import selected_log_probs
+from sppo_lightning.models.log_probs import selected_log_probs, selected_log_probs_of
+from sppo_lightning.models.own_head import OwnHead
 from sppo_lightning.models.pretrained import PretrainedModule
 
 
@@ -33,13 +34,16 @@ class CausalLMPolicy(PretrainedModule):
     def __init__(self, *args: Any, packed: bool | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.packed = packed
+        self.own_head: OwnHead | None = None  # where `head` does not say all that the model does to its logits
+        self.packable = True  # whether the model keeps rows apart by their positions
 
     @property
     def packs(self) -> bool:
         """Whether rows are laid end to end, see `packed`; only flash attention does no more work then."""
         if self.packed is not None:
             return self.packed
-        return "flash" in str(self.model.config._attn_implementation) and self.device.type == "cuda"
+        flash = "flash" in str(self.model.config._attn_implementation)
+        return flash and self.packable and self.device.type == "cuda"
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -76,6 +80,8 @@ class CausalLMPolicy(PretrainedModule):
 
         `head` is what `self.head()` gives, for those who ask many times.
         """
+        if self.own_head is not None:
+            return self.own_head(hidden).to(self.logits_dtype)
         head = self.head() if head is None else head
         logits = nn.functional.linear(hidden, head["weight"], head["bias"]).to(self.logits_dtype)
         if head["scale"] != 1:  # a pass over all logits
@@ -111,28 +117,56 @@ class CausalLMPolicy(PretrainedModule):
             hidden = hidden[starts[row] + place]
         else:
             hidden = self.hidden(input_ids=ids, use_cache=False)[row, place]  # of [N, L, H]
-        log_probs, entropy = selected_log_probs(
-            hidden,
-            targets=rollouts.response_ids[row, token],
-            temperature=rollouts.temperature,
-            **self.head(),
-        )
+        log_probs, entropy = self._log_probs(hidden, rollouts.response_ids[row, token], rollouts.temperature)
         empty = log_probs.new_zeros(rollouts.response_mask.shape)
         return empty.index_put((row, token), log_probs), empty.index_put((row, token), entropy)
 
+    def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `targets` `[M]` and entropies, `[M]` each, given hidden states `[M, H]`."""
+        if self.own_head is None:
+            return selected_log_probs(hidden, targets=targets, temperature=temperature, **self.head())
+        width = len(self.model.get_output_embeddings().weight)
+        return selected_log_probs_of(self.logits, hidden, targets, width=width, temperature=temperature)
+
     @torch.no_grad()
     def prepare_head(self, info: dict[str, Any]) -> None:
-        """Compare our logits with the model's own on three tokens: a model may treat them in a way of its own."""
+        """Compare our logits with the model's own on three tokens, for it may treat them in a way of its own.
+
+        Where it does, its own forward computes them from here on: slower, and with more memory, but whatever it is.
+        """
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.get_output_embeddings().weight.shape[0]
         with eager_attention(self.model):
+            self._try_packing(ids)
             expected = self.model(input_ids=ids, use_cache=False).logits[0]
-            ours = self.logits(self.hidden(input_ids=ids, use_cache=False)[0])
-        difference, size = (ours - expected).abs().max(), expected.abs().max()
-        if not difference <= 1e-2 * size:
+            outputs = base_of(self.model)(input_ids=ids, use_cache=False)
+            hidden = outputs.last_hidden_state[0]
+            for own_head in (None, OwnHead(self.model, type(outputs))):
+                if own_head is None and hidden.shape[1] != self.head()["weight"].shape[1]:
+                    continue  # something between changes the width
+                self.own_head = own_head
+                ours = self.logits(hidden)
+                if ours.shape == expected.shape and (ours - expected).abs().max() <= 1e-2 * expected.abs().max():
+                    return
+        raise InputError(
+            f"`{self.setting}`={self.pretrained or self.config!r}: the logits of {type(self.model).__name__} are "
+            "not a function of its transformer's last hidden states, which is all that CausalLMPolicy keeps; "
+            "override CausalLMPolicy.logits for it."
+        )
+
+    def _try_packing(self, ids: Tensor) -> None:
+        """Set `packable`: whether `ids` `[1, n]` and the same behind them have the same hidden states."""
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(2)[None]
+        try:
+            both = self.hidden(input_ids=ids.repeat(1, 2), position_ids=positions, use_cache=False)[0]
+        except TypeError:  # no positions in its forward
+            self.packable = False
+        else:
+            first, second = both.chunk(2)
+            self.packable = torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()))
+        if self.packed and not self.packable:
             raise InputError(
-                f"`{self.setting}`={self.pretrained or self.config!r}: {type(self.model).__name__} changes its "
-                f"logits in a way that CausalLMPolicy does not know (they are up to {size:.2g} and ours differ by "
-                f"up to {difference:.2g}); override CausalLMPolicy.head for it."
+                f"`{self.setting}.packed`=True: {type(self.model).__name__} lets rows that lie end to end see each "
+                "other; leave it out."
             )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sppo_lightning.models import log_probs as module
-from sppo_lightning.models.log_probs import selected_log_probs
+from sppo_lightning.models.log_probs import selected_log_probs, selected_log_probs_of
 
 FORMS = [
     {},
@@ -189,6 +189,41 @@ def test_default_chunks_fit_the_budget(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     selected_log_probs(hidden, weight, targets)
     assert seen == [1] * 7
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_logits_of_any_function(rows, chunk_size):
+    hidden, weight, bias, targets = make_inputs(rows=rows)
+    given = {"temperature": 0.7, "chunk_size": chunk_size}
+    plain = selected_log_probs(hidden, weight, targets, bias=bias, **given)
+    calls = []
+
+    def logits(chunk):
+        calls.append(len(chunk))
+        return chunk @ weight.T + bias
+
+    any_function = selected_log_probs_of(logits, hidden, targets, width=len(weight), **given)
+    assert not any_function[1].requires_grad
+    assert max(calls) <= (chunk_size or rows)
+    for a, b in zip(any_function, plain, strict=True):
+        torch.testing.assert_close(a, b)
+    both = (torch.autograd.grad(out[0].square().sum(), (hidden, weight, bias)) for out in (any_function, plain))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(calls) == 2 * max(1, math.ceil(rows / (chunk_size or max(1, rows))))  # once more in backward
+
+
+def test_a_token_that_cannot_be_has_no_part_in_the_entropy():
+    hidden = torch.zeros(2, 1, requires_grad=True)
+
+    def logits(chunk):
+        return chunk + torch.tensor([0.0, 0.0, -torch.inf])
+
+    log_probs, entropy = selected_log_probs_of(logits, hidden, torch.tensor([0, 1]), width=3)
+    torch.testing.assert_close(torch.stack([-log_probs, entropy]), torch.full((2, 2), math.log(2)))
+    log_probs.sum().backward()
+    assert hidden.grad.tolist() == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("temperature", math.nan), ("chunk_size", 0)])

@@ -46,7 +46,29 @@ def test_log_probs_are_those_of_the_models_own_logits(family: str, temperature: 
         assert not entropy[row, len(r) :].any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_end_to_end_that_the_model_would_let_see_each_other():
+    assert not FamilyPolicy("bert").packable
+    with pytest.raises(
+        InputError, match="packed`=True: BertLMHeadModel lets rows that lie end to end see each other"
+    ):
+        FamilyPolicy("bert", packed=True)
+
+
+def test_a_model_without_positions_in_its_forward():
+    policy = make_policy()
+    forward = policy.model.model.forward
+
+    def without(input_ids: Any, attention_mask: Any = None, use_cache: Any = None, **others: Any) -> Any:
+        if others.pop("position_ids", None) is not None:
+            raise TypeError("got an unexpected keyword argument 'position_ids'")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    policy.model.model.forward = without
+    policy.prepare_head({})
+    assert not policy.packable
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
 def test_rows_end_to_end_are_the_same_as_padded_ones(family: str):
     policy = FamilyPolicy(family).double()
     rollouts = rollouts_of(policy, 0.7)
@@ -97,18 +119,40 @@ def test_logits_of_a_decoding_step(family: str):
     assert expected.std() > 0.05  # a scale or a bound that is forgotten would show
 
 
-def test_a_model_that_treats_its_logits_in_a_way_of_its_own():
-    class Forgetful(CausalLMPolicy):
-        tokenizer = word_tokenizer(WORDS.split())
+class Forgetful(CausalLMPolicy):
+    """Does not know what Granite does to its logits, which are as small as 0.01 in a fresh model."""
 
-        def head(self) -> dict[str, Any]:
-            return super().head() | {"scale": 1.0}
+    tokenizer = word_tokenizer(WORDS.split())
 
-    settings = family_config("granite", len(Forgetful.tokenizer))  # whose fresh logits are as small as 0.01
+    def __init__(self) -> None:
+        super().__init__(config=family_config("granite", len(self.tokenizer)))
+
+    def head(self) -> dict[str, Any]:
+        return super().head() | {"scale": 1.0}
+
+
+def test_a_model_that_treats_its_logits_in_a_way_of_its_own_is_asked_for_them():
+    torch.manual_seed(3)
+    policies = [FamilyPolicy("granite"), Forgetful()]
+    policies[1].build()
+    policies[1].load_state_dict(policies[0].state_dict())
+    assert [policy.own_head is None for policy in policies] == [True, False]
+    for policy in policies:
+        policy(rollouts_of(policy, 0.7))[0].square().sum().backward()
+    for ours, theirs in zip(policies[1].parameters(), policies[0].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+    assert "forward" not in vars(policies[1].model.model)  # the transformer is as it was
+    reference = policies[1].as_reference()
+    assert reference.own_head.model is reference.model  # and not the trained one
+
+
+def test_a_model_whose_logits_no_hidden_state_tells():
+    policy = make_policy()
+    policy.model.register_forward_hook(lambda _, inputs, out: setattr(out, "logits", torch.rand_like(out.logits)))
     with pytest.raises(InputError) as raised:
-        Forgetful(config=settings).build()
-    assert "GraniteForCausalLM changes its logits in a way that CausalLMPolicy does not know" in str(raised.value)
-    assert str(raised.value).endswith("override CausalLMPolicy.head for it.")
+        policy.prepare_head({})
+    assert "the logits of Qwen2ForCausalLM are not a function of its transformer's last hidden" in str(raised.value)
+    assert str(raised.value).endswith("override CausalLMPolicy.logits for it.")
 
 
 def test_the_check_of_the_head_leaves_the_attention_that_was_asked_for():
