@@ -1,8 +1,8 @@
 """Decode and update on one GPU: the share of the card's bandwidth and arithmetic that they use, and plain torch's.
 
 The shapes are those of Qwen2.5-0.5B and -1.5B with random weights, so nothing is downloaded. Decoding is `HFEngine`
-against `generate()`, both in bfloat16; the update is the policy's log-probabilities, clipped objective, backward
-and fused AdamW against a plain training step (`model(input_ids, labels)`, AdamW), both with float32 weights and
+and `PagedEngine` against `generate()`, all in bfloat16; the update is the policy's log-probabilities, clipped
+objective, backward and fused AdamW against a plain training step (`model(input_ids, labels)`, AdamW), both with float32 weights and
 bfloat16 arithmetic. Without CUDA, or with `--tiny`, the same code runs with a tiny shape, to know that it works.
 """
 
@@ -25,8 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
-from sppo_lightning.engines import HFEngine, Sampling
+from sppo_lightning.engines import Engine, HFEngine, PagedEngine, Sampling
 from sppo_lightning.engines.packing import pack_rollouts
+from sppo_lightning.errors import InputError
 from sppo_lightning.figures.style import BLUE, GREY
 from sppo_lightning.functional import token_clip_objective
 from sppo_lightning.memory import Gauge
@@ -44,6 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 _PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16, FLOP/s, by the makers
 _PROMPT = 128  # tokens
+ENGINES: dict[str, Callable[..., Engine]] = {"HFEngine": HFEngine, "PagedEngine": PagedEngine}
 
 
 class Bench:
@@ -103,39 +105,35 @@ class Bench:
 
     # ------------------------------------------------------------------ decode
 
-    def decode(self, rows: int, tokens: int, with_generate: bool) -> dict[str, float]:
+    def decode(self, rows: int, tokens: int, sampler: str) -> dict[str, float]:
         """Tokens per second of so many responses of so many tokens at once, and the share of the bandwidth."""
         policy = self.policy(torch.bfloat16)
         policy.model.generation_config.eos_token_id = None  # all responses are as long as they may be
         ids = self.ids(rows, _PROMPT)
-        engine, sampling = HFEngine(max_rows=rows), Sampling(max_new_tokens=tokens)
-        batch = PromptBatch([Prompt("", "", "random", row) for row in range(rows)], ids, [0] * rows)
-        engine.update_weights(policy, 0)
-        drawn = []  # tokens; random weights end a response now and then
+        drawn: list[int] = []  # tokens of each run
+        if sampler == "generate()":
+            inputs = torch.tensor(ids, device=self.device)
+            settings = {"min_new_tokens": tokens, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
-        def stream() -> None:
-            drawn.append(sum(len(response.token_ids) for response in engine.stream(batch, sampling)))
+            def work() -> None:
+                drawn.append(policy.model.generate(inputs, max_new_tokens=tokens, **settings)[:, _PROMPT:].numel())
+        else:
+            engine, sampling = ENGINES[sampler](max_rows=rows), Sampling(max_new_tokens=tokens)
+            batch = PromptBatch([Prompt("", "", "random", row) for row in range(rows)], ids, [0] * rows)
+            engine.update_weights(policy, 0)
 
-        seconds, peak = self.timed(stream)
+            def work() -> None:  # random weights end a response now and then
+                drawn.append(sum(len(response.token_ids) for response in engine.stream(batch, sampling)))
+
+        seconds, peak = self.timed(work)
         speed = drawn[-1] / seconds
         config = policy.model.config
         head = config.hidden_size // config.num_attention_heads
         cached = 4 * config.num_hidden_layers * config.num_key_value_heads * head  # bytes of a token, bfloat16
         weights = sum(p.numel() * p.element_size() for p in policy.parameters())
         moved = weights + rows * (_PROMPT + tokens / 2) * cached  # of one step, if everything is read once
-        result = {"tokens_per_second": speed, "bandwidth_share": speed / rows * moved / self.bandwidth()}
-        result["peak_gib"] = peak
-        if with_generate:
-            inputs = torch.tensor(ids, device=self.device)
-
-            def generate() -> Tensor:
-                return policy.model.generate(
-                    inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0
-                )
-
-            seconds, result["generate_peak_gib"] = self.timed(generate)
-            result["generate_tokens_per_second"] = rows * tokens / seconds
-        return result
+        share = speed / rows * moved / self.bandwidth()
+        return {"tokens_per_second": speed, "bandwidth_share": share, "peak_gib": peak}
 
     # ------------------------------------------------------------------ update
 
@@ -209,7 +207,9 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     cases: list[tuple[str, str, tuple[Any, ...]]] = []
     for shape in shapes:
         cases += [(shape, "update", (1, length, plain)) for plain in (False, True)]
-        cases += [(shape, "decode", (rows, new, True)) for rows in (256, 32, 1)]
+        cases += [
+            (shape, "decode", (rows, new, name)) for rows in (256, 32, 1) for name in ("generate()", *ENGINES)
+        ]
         cases += [(shape, "update", (4, length // 4, plain)) for plain in (False, True)]
     for shape, kind, settings in cases:
         name = f"{shape}, {kind} {settings}"
@@ -222,6 +222,9 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
         except torch.OutOfMemoryError:
             left_out.append(f"{name} (out of memory)")
             continue
+        except InputError as error:
+            left_out.append(f"{name} ({error})")
+            continue
         finally:
             gc.collect()
         results.append({"shape": shape, "kind": kind, "settings": list(settings), **figures})
@@ -232,16 +235,16 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
 def show(results: list[dict[str, Any]], left_out: list[str]) -> None:
     """Two tables: decode and update."""
     decode, update = Table(title="Decode, bfloat16"), Table(title="Update, float32 weights, bfloat16 arithmetic")
-    for column in ("shape", "rows", "tokens/s", "× generate()", "of the bandwidth", "peak", "peak of generate()"):
+    for column in ("shape", "rows", "sampler", "tokens/s", "× generate()", "of the bandwidth", "peak"):
         decode.add_column(column, justify="right")
     for column in ("shape", "rows × length", "step", "tokens/s", "FLOP utilisation", "peak"):
         update.add_column(column, justify="right")
     for each in results:
         speed, peak = f"{each['tokens_per_second']:,.0f}", f"{each['peak_gib']:.1f} GiB"
         if each["kind"] == "decode":
-            ratio = f"{each['tokens_per_second'] / each['generate_tokens_per_second']:.2f}"
-            share, other = f"{each['bandwidth_share']:.1%}", f"{each['generate_peak_gib']:.1f} GiB"
-            decode.add_row(each["shape"], str(each["settings"][0]), speed, ratio, share, peak, other)
+            rows, _, sampler = each["settings"]
+            ratio, share = f"{_ratio(each, results):.2f}", f"{each['bandwidth_share']:.1%}"
+            decode.add_row(each["shape"], str(rows), sampler, speed, ratio, share, peak)
         else:
             rows, length, plain = each["settings"]
             share, kind = f"{each['flop_utilisation']:.1%}", "plain" if plain else "ours"
@@ -252,13 +255,20 @@ def show(results: list[dict[str, Any]], left_out: list[str]) -> None:
         print("Left out: " + "; ".join(left_out))
 
 
+def _ratio(decoded: dict[str, Any], results: list[dict[str, Any]]) -> float:
+    """Its speed, where that of `generate()` with as many rows is 1."""
+    same = {**decoded, "settings": [*decoded["settings"][:2], "generate()"]}
+    base = [e for e in results if all(e[name] == same[name] for name in ("shape", "kind", "settings"))]
+    return float(decoded["tokens_per_second"] / base[0]["tokens_per_second"]) if base else float("nan")
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Decode against generate(), and FLOP utilisation."""
     figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2)
-    decode = [each for each in results if each["kind"] == "decode"]
-    names = [f"{each['shape']}, {each['settings'][0]} rows" for each in decode]
-    left.barh(names, [e["tokens_per_second"] / e["generate_tokens_per_second"] for e in decode], color=BLUE)
+    decode = [each for each in results if each["kind"] == "decode" and each["settings"][2] in ENGINES]
+    names = [f"{each['shape']}, {each['settings'][0]} rows, {each['settings'][2]}" for each in decode]
+    left.barh(names, [_ratio(each, results) for each in decode], color=BLUE)
     left.axvline(1.0, color=GREY)
     left.set_xlabel("decode, × generate()")
     update = [each for each in results if each["kind"] == "update"]

@@ -2,10 +2,20 @@
 
 from sppo_lightning.engines.engine import Engine
 from sppo_lightning.engines.hf import HFEngine
+from sppo_lightning.engines.paged import PagedEngine
 from sppo_lightning.engines.process import ProcessEngine
 from sppo_lightning.engines.sampling import Sampling
 from sppo_lightning.engines.vllm import VLLMEngine
 from sppo_lightning.engines.vllm_server import VLLMServerEngine
 from sppo_lightning.engines.weight_transfer import FolderTransfer
 
-__all__ = ["Engine", "FolderTransfer", "HFEngine", "ProcessEngine", "Sampling", "VLLMEngine", "VLLMServerEngine"]
+__all__ = [
+    "Engine",
+    "FolderTransfer",
+    "HFEngine",
+    "PagedEngine",
+    "ProcessEngine",
+    "Sampling",
+    "VLLMEngine",
+    "VLLMServerEngine",
+]
