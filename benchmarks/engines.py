@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sppo_lightning.batch import PromptBatch
-from sppo_lightning.engines import Engine, HFEngine, Sampling, VLLMEngine
+from sppo_lightning.engines import Engine, HFEngine, PagedEngine, Sampling, VLLMEngine
 from sppo_lightning.figures.style import BLUE
 from sppo_lightning.models import CausalLMPolicy
 
@@ -43,21 +43,6 @@ def generate(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, _: 
         stops = torch.isin(made, ends)
         lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, made.shape[1])
         return float(lengths.sum())
-
-    return run
-
-
-def generate_batch(policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, _: ExitStack) -> Sampler:
-    """Transformers' continuous batching, with its default settings."""
-    config = policy.model.generation_config.__class__(
-        **_settings(policy, sampling),
-        eos_token_id=policy.model.generation_config.eos_token_id,
-        max_new_tokens=sampling.max_new_tokens,
-    )
-
-    def run() -> float:
-        made = policy.model.generate_batch(batch.token_ids, generation_config=config)
-        return float(sum(len(output.generated_tokens) for output in made.values()))
 
     return run
 
@@ -92,7 +77,7 @@ SAMPLERS = {
     "generate()": generate,
     "HFEngine": engine_of(HFEngine),
     "VLLMEngine": engine_of(vllm_engine),
-    "generate_batch()": generate_batch,
+    "PagedEngine": engine_of(PagedEngine),
 }
 
 
@@ -136,13 +121,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each sampler, after one that warms up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", default="", help="only the cases with this in their name")
-    parser.add_argument("--slow", action="store_true", help="also generate_batch(), which takes minutes on a CPU")
+    parser.add_argument("--paged", action="store_true", help="also PagedEngine, which takes minutes on a CPU")
     parser.add_argument("--vllm", action="store_true", help="also VLLMEngine, in an environment that has vLLM")
     parser.add_argument("--warm-starts", type=Path, default=Path("runs/benchmarks/engines"))
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/engines.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    left_out = {"generate_batch()": not arguments.slow, "VLLMEngine": not arguments.vllm}
+    left_out = {"PagedEngine": not arguments.paged, "VLLMEngine": not arguments.vllm}
     names = [name for name in SAMPLERS if not left_out.get(name)]
     results = {}
     for case in cases(arguments.warm_starts):

@@ -2,8 +2,9 @@
 
 The shapes are those of Qwen2.5-0.5B and -1.5B with random weights, so nothing is downloaded. Decoding is `HFEngine`
 and `PagedEngine` against `generate()`, all in bfloat16; the update is the policy's log-probabilities, clipped
-objective, backward and fused AdamW against a plain training step (`model(input_ids, labels)`, AdamW), both with float32 weights and
-bfloat16 arithmetic. Without CUDA, or with `--tiny`, the same code runs with a tiny shape, to know that it works.
+objective, backward and fused AdamW against a plain training step (`model(input_ids, labels)`, AdamW), both with
+float32 weights and bfloat16 arithmetic. Without CUDA, or with `--tiny`, the same code runs with a tiny shape, to
+know that it works.
 """
 
 from __future__ import annotations

@@ -137,6 +137,10 @@ class Rollouts:
         }
         return dataclasses.replace(self, **changes)
 
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same on `device`; scores are left where they are."""
+        return dataclasses.replace(self, **moved(self, device))
+
     @classmethod
     def concat(cls, parts: Sequence[Rollouts], prompt_index: Sequence[int]) -> Rollouts:
         """The responses of `parts`, one part after the other, padded anew to a common width.
@@ -153,17 +157,17 @@ class Rollouts:
         if len(prompt_index) != sum(map(len, parts)) or not parts:
             raise ValueError(f"{len(prompt_index)} prompt indices for {[len(part) for part in parts]} responses.")
         changes: dict[str, Any] = {
-            entry.name: _join(entry.name, [getattr(part, entry.name) for part in parts])
+            entry.name: join(entry.name, [getattr(part, entry.name) for part in parts])
             for entry in dataclasses.fields(cls)
             if entry.name not in ("prompt_index", "scores")
         }
         index = torch.as_tensor(prompt_index, dtype=torch.long, device=parts[0].prompt_index.device)
-        names = _join("verifiers", [tuple(part.scores) for part in parts])
+        names = join("verifiers", [tuple(part.scores) for part in parts])
         changes["scores"] = {name: _join_scores(name, [part.scores[name] for part in parts]) for name in names}
         return dataclasses.replace(parts[0], prompt_index=index, **changes)
 
 
-def _join(name: str, values: Sequence[Any]) -> Any:
+def join(name: str, values: Sequence[Any]) -> Any:
     """A field of several rollouts: tensors and lists row after row; anything else must be the same in all."""
     first = values[0]
     if isinstance(first, Tensor):
@@ -180,11 +184,15 @@ def _join(name: str, values: Sequence[Any]) -> Any:
     return first
 
 
+def moved(owner: Any, device: torch.device | str) -> dict[str, Any]:
+    """The tensors of a dataclass on `device`, by their fields' names."""
+    fields = {entry.name: getattr(owner, entry.name) for entry in dataclasses.fields(owner)}
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+
+
 def _join_scores(name: str, parts: Sequence[Scores]) -> Scores:
     fields = [entry.name for entry in dataclasses.fields(Scores)]
-    return Scores(
-        **{each: _join(f"{each} of {name!r}", [getattr(part, each) for part in parts]) for each in fields}
-    )
+    return Scores(**{each: join(f"{each} of {name!r}", [getattr(part, each) for part in parts]) for each in fields})
 
 
 class PromptBatch:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sppo_lightning.batch import Prompt, Rollouts
+from sppo_lightning.batch import Prompt, Rollouts, join, moved
 
 
 @dataclass
@@ -79,6 +79,17 @@ class Experience:
             None if self.values is None else self.values[picked],
             None if self.targets is None else self.targets[picked],
         )
+
+    def to(self, device: torch.device | str) -> Experience:
+        """The same on `device`."""
+        return dataclasses.replace(self, rollouts=self.rollouts.to(device), **moved(self, device))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Experience]) -> Experience:
+        """The rows of `parts`, one part after the other; they no longer belong to one batch's prompts."""
+        rollouts = Rollouts.concat([part.rollouts for part in parts], [-1] * sum(map(len, parts)))
+        names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "rollouts"]
+        return cls(rollouts, **{name: join(name, [getattr(part, name) for part in parts]) for name in names})
 
     def without_verdicts(self) -> Experience:
         """The same rows, of which none teaches anything: for a rank that is done to go on with the others."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from sppo_lightning import functional
 from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
+from sppo_lightning.balance import balanced
 from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.batching import MicroRows, check_mini_batch_size, micro_batches, mini_batches
 from sppo_lightning.combination import KLPlace, check_combination, check_sampling
@@ -109,7 +110,7 @@ class SPPOModule(ActorCritic):
             outcomes = self.outcomes(batch, rollouts)
             # A = R − V, before this batch's updates, the same for every token, not whitened
             experience = self.experience(outcomes, self.advantage(outcomes))
-        updates = [experience.rows(rows) for rows in self.mini_batch_rows(len(experience))]
+        updates = [balanced(self, experience.rows(rows)) for rows in self.mini_batch_rows(len(experience))]
         denominators = self.ratio_denominators(updates)
         for update, old_log_probs in zip(updates, denominators, strict=True):
             replayed = self.replayed(update)

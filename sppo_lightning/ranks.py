@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -21,3 +23,14 @@ def gather_objects(value: Any) -> list[Any]:
     if ranks > 1:
         dist.all_gather_object(found, value)
     return found
+
+
+def exchange_bytes(parts: Sequence[bytes], device: torch.device) -> list[bytes]:
+    """What every rank had for this one, by rank, where `parts[r]` is for rank `r`: a collective over `device`."""
+    sizes = torch.tensor([len(part) for part in parts], device=device)
+    theirs = torch.empty_like(sizes)
+    dist.all_to_all_single(theirs, sizes)
+    received = torch.empty(int(theirs.sum()), dtype=torch.uint8, device=device)
+    sent = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).to(device)
+    dist.all_to_all_single(received, sent, theirs.tolist(), sizes.tolist())
+    return [part.cpu().numpy().tobytes() for part in received.split(theirs.tolist())]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import TEXTS, EngineContract, ids, sample
 from tiny import FAMILIES, FamilyPolicy, make_batch, make_policy
+from training import train
 
 from sppo_lightning.engines import Engine, HFEngine, PagedEngine, Sampling
 from sppo_lightning.errors import InputError
@@ -20,6 +21,7 @@ def engine() -> Engine:
     return PagedEngine(page_size=8)
 
 
+@pytest.mark.slow  # each sampling takes most of a second to begin and to end
 class TestPagedEngine(EngineContract):
     pass
 
@@ -37,6 +39,16 @@ def test_responses_are_those_of_hf_engine(family: str, settings: dict[str, Any])
     assert ids(actual) == ids(expected)
     assert actual.finish_reasons == expected.finish_reasons
     torch.testing.assert_close(actual.sampled_log_probs, expected.sampled_log_probs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_training_samples_from_the_updated_weights(engine: Engine, prefetch: int):
+    watches = train(engine, prefetch)
+    assert watches.versions == ([0, 1, 2, 3, 4] if prefetch == 0 else [0, 0, 1, 2, 3])
+    assert max(watches.gaps) < 1e-5
+    if prefetch:  # the weights before would have been seen
+        assert min(watches.moved[1:]) > 1e-3
 
 
 @pytest.mark.parametrize("family", UNKNOWN)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from contract import TEXTS, EngineContract, MakePolicy, ids, sample
 from test_docs import callbacks_built
 from tiny import make_batch
+from training import Watches, train
 from vllm_process import served_policy
-from vllm_training import Watches, train
 
 from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.engines import Sampling, VLLMEngine

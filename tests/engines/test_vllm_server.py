@@ -7,8 +7,8 @@ import pytest
 import torch
 from contract import TEXTS, EngineContract, MakePolicy, ids, sample
 from tiny import make_batch
+from training import train
 from vllm_process import VLLMProcess, served_policy
-from vllm_training import train
 
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.engines import FolderTransfer, Sampling, VLLMServerEngine
