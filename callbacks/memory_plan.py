@@ -67,20 +67,16 @@ class MemoryPlan(Callback):
                 f"MemoryPlan asks PromptDataModule for the longest prompts, and the data are a "
                 f"{type(loader).__name__}; use sppo_lightning.data.PromptDataModule, or remove MemoryPlan."
             )
-        gauge = Gauge(pl_module.device)
         batch = loader.longest(max(1, loader.batch_size // trainer.world_size))
-        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        optimizer = trainer.optimizers[0]
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            plan = _kept(pl_module)
-            # it comes with the first step, where no checkpoint has brought it, and is there from then on
-            to_come = _moments_to_come(optimizer, plan["optimizer"])
-            plan["rollout"] = self._rollout(pl_module, gauge, batch)
-            plan["update"] = self._update(pl_module, gauge, batch, trainer.world_size)
-            del to_come
-        state = [t for each in optimizer.state.values() for t in each.values() if isinstance(t, Tensor)]
-        plan["there"], plan["held"] = gauge.total(), gauge.held() - _bytes(state)
-        plans = gather_objects(plan)
+        try:
+            own: dict[str, int] | str = self._plan(trainer, pl_module, batch)
+        except InputError as error:
+            own = str(error)  # to be raised on all ranks, of which the others wait for this one's plan
+        plans: list[dict[str, int]] = []
+        for found in gather_objects(own):
+            if isinstance(found, str):
+                raise InputError(found)
+            plans.append(found)
         largest = min(plans, key=lambda each: each["there"] - _needed(each))
         if trainer.is_global_zero:
             rich.get_console().print(_table(largest, str(pl_module.device)))
@@ -90,6 +86,20 @@ class MemoryPlan(Callback):
                 f"{_gib(largest['there'])} are there; lower `model.micro_batch_tokens` or, for the rollout, "
                 "`max_tokens` of the engine."
             )
+
+    def _plan(self, trainer: Trainer, module: Any, batch: PromptBatch) -> dict[str, int]:
+        """Bytes by what they are for, on this rank."""
+        gauge, optimizer = Gauge(module.device), trainer.optimizers[0]
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+            plan = _kept(module)
+            # it comes with the first step, where no checkpoint has brought it, and is there from then on
+            to_come = _moments_to_come(optimizer, plan["optimizer"])
+            plan["rollout"] = self._rollout(module, gauge, batch)
+            plan["update"] = self._update(module, gauge, batch, trainer.world_size)
+            del to_come
+        state = [t for each in optimizer.state.values() for t in each.values() if isinstance(t, Tensor)]
+        return plan | {"there": gauge.total(), "held": gauge.held() - _bytes(state)}
 
     def _rollout(self, module: Any, gauge: Gauge, batch: PromptBatch) -> int:
         """Bytes that the engine needs at most, with its cache full."""
@@ -163,8 +173,12 @@ def _backward(module: Any, rollouts: Rollouts, policy_rows: list[int], critic_ro
     """One micro-batch, as in the training step; ranks exchange nothing."""
     log_probs, _ = module.policy(rollouts.rows(policy_rows))
     loss = -log_probs.mean()
-    if critic_rows:
-        loss = loss + module.critic.outputs(rollouts.rows(critic_rows)).mean()
+    if module.kl_coef and module.kl_in == "loss":
+        with torch.no_grad():
+            module.reference(rollouts.rows(policy_rows))
+    for _ in range(1 if module.critic_replay is None else 2):  # as many again of earlier iterations
+        if critic_rows:
+            loss = loss + module.critic.outputs(rollouts.rows(critic_rows)).mean()
     strategy = module.trainer.strategy
     # not through the trainer, whose hooks would tell other callbacks of it
     with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():

@@ -2,6 +2,7 @@
 
 from sppo_lightning.engines.engine import Engine
 from sppo_lightning.engines.hf import HFEngine
+from sppo_lightning.engines.nccl_transfer import NCCLTransfer
 from sppo_lightning.engines.paged import PagedEngine
 from sppo_lightning.engines.process import ProcessEngine
 from sppo_lightning.engines.sampling import Sampling
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "FolderTransfer",
     "HFEngine",
+    "NCCLTransfer",
     "PagedEngine",
     "ProcessEngine",
     "Sampling",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from sppo_lightning.ranks import gather_objects, rank_and_ranks
 
 _POLL_SECONDS = 1.0  # between two looks at a server that is starting
 _LOOK_SECONDS = 10.0  # without any answer, before a look at servers that are at work; and for it
+_KNOCK_SECONDS = 2.0  # for a server that was left out, to answer again
 
 
 class VLLMServerEngine(Engine):
@@ -30,7 +32,8 @@ class VLLMServerEngine(Engine):
 
     The first time, it prepares what a server starts with and waits for all of them; it prints the command. Each
     response says which weights sampled it, and one of other weights than the present ones ends the run. A server
-    that stops answering is left out with a warning, and its requests go to the others.
+    that stops answering is left out with a warning, and its requests go to the others; when it answers again, it
+    takes part from the next update on.
 
     Args:
         servers: Addresses.
@@ -56,7 +59,9 @@ class VLLMServerEngine(Engine):
             raise InputError("`servers`=[] of VLLMServerEngine leaves nobody to ask; name one or more.")
         if max_requests < 1:
             raise InputError(f"`max_requests`={max_requests} of VLLMServerEngine asks nothing; use 1 or more.")
-        self.servers = [JSONClient(url, timeout_seconds) for url in servers]
+        self.urls = [url.rstrip("/") for url in servers]
+        self.timeout_seconds = timeout_seconds
+        self.servers = [JSONClient(url, timeout_seconds) for url in self.urls]  # those that are asked at present
         self.transfer = transfer or FolderTransfer()
         self.max_requests = max_requests
         self.start_timeout_seconds = start_timeout_seconds
@@ -71,14 +76,16 @@ class VLLMServerEngine(Engine):
         if rank == 0:
             if self.policy is None:
                 self._wait_for_servers(self.transfer.prepare(policy))
-            weights = fingerprint(policy.model.parameters())
-            if weights != self._sent:
+            weights, returned = fingerprint(policy.model.parameters()), self._returned()
+            self.servers += returned
+            if weights != self._sent or returned:
                 self._transfers += 1
                 self._label = f"{version}.{self._transfers}"
                 self._send(policy)
                 self._sent = weights
         self._label, urls = gather_objects((self._label, [server.url for server in self.servers]))[0]
-        self.servers = [server for server in self.servers if server.url in urls]
+        known = {server.url: server for server in self.servers}
+        self.servers = [known.get(url) or JSONClient(url, self.timeout_seconds) for url in urls]
         self.policy, self.version = policy, version
 
     def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
@@ -141,6 +148,17 @@ class VLLMServerEngine(Engine):
             raise InputError(
                 f"A server does not take the weights ({error}); start it with VLLM_SERVER_DEV_MODE=1."
             ) from error
+
+    def _returned(self) -> list[JSONClient]:
+        """Servers that were left out and answer again."""
+        asked, returned = {server.url for server in self.servers}, []
+        for url in self.urls:
+            if url not in asked:
+                with suppress(Unreachable):
+                    JSONClient(url, _KNOCK_SECONDS).get("/health")
+                    returned.append(JSONClient(url, self.timeout_seconds))
+                    rank_zero_info(f"The vLLM server at {url} answers again and takes part from now on.")
+        return returned
 
     def _answers(self, server: JSONClient) -> bool:
         """Whether a server is there; it is left out from now on where not, as long as another one is."""

@@ -6,6 +6,7 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +32,40 @@ class WeightTransfer(ABC):
         """Let all servers sample from these weights, and call them `label` in their responses."""
 
 
+class ServedFolder:
+    """The folder that a server starts with.
+
+    Args:
+        path: As the trainer sees it.
+        served_path: As the servers see it; `path` where left out.
+    """
+
+    def __init__(self, path: str, served_path: str | None = None) -> None:
+        self.path = Path(path)
+        self.served_path = served_path or str(self.path.absolute())
+
+    @property
+    def command(self) -> str:
+        """What starts a server."""
+        return (
+            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
+            f"--model {self.served_path} --enable-scale-out --logprobs-mode processed_logprobs "
+            "--generation-config vllm"
+        )
+
+    @contextmanager
+    def described(self, policy: CausalLMPolicy) -> Iterator[None]:
+        """Write all but the weights, which may be written in the context."""
+        try:
+            write_description(policy, self.path)
+            yield
+        except OSError as error:
+            raise InputError(
+                f"`transfer.path`={str(self.path)!r} cannot be written ({error}); give a folder that the "
+                "trainer may write and the servers can read."
+            ) from error
+
+
 class FolderTransfer(WeightTransfer):
     """Through a folder that trainer and servers see, from which vLLM loads the weights anew.
 
@@ -40,39 +75,33 @@ class FolderTransfer(WeightTransfer):
     """
 
     def __init__(self, path: str = "runs/vllm/model", served_path: str | None = None) -> None:
-        self.path = Path(path)
-        self.served_path = served_path or str(self.path.absolute())
+        self.folder = ServedFolder(path, served_path)
+        self._written: list[int] | None = None  # the fingerprint of the weights in the folder
 
     def prepare(self, policy: CausalLMPolicy) -> str:
         """Write the model's folder; the command that serves it."""
-        try:
-            write_description(policy, self.path)
+        with self.folder.described(policy):
             self._write(policy)
-        except OSError as error:
-            raise InputError(
-                f"`FolderTransfer.path`={str(self.path)!r} cannot be written ({error}); give a folder that the "
-                "trainer may write and the servers can read."
-            ) from error
-        return (
-            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
-            f"--model {self.served_path} --enable-scale-out --logprobs-mode processed_logprobs "
-            "--generation-config vllm"
-        )
+        return self.folder.command
 
     def send(self, policy: CausalLMPolicy, servers: Sequence[JSONClient], label: str) -> None:
         """Write the weights once, and let each server load them."""
         self._write(policy)
         for server in servers:
-            body = {"method": "reload_weights", "kwargs": {"weights_path": self.served_path}}
+            body = {"method": "reload_weights", "kwargs": {"weights_path": self.folder.served_path}}
             server.post("/collective_rpc", body)
             server.post("/reset_prefix_cache")  # which holds keys and values of the weights before
             server.post("/update_weight_version", {"new_version": label})
 
     def _write(self, policy: CausalLMPolicy) -> None:
         """Replace the file of weights in one go: a server never sees half of it."""
-        unfinished = self.path / "model.safetensors.tmp"
+        weights = fingerprint(policy.model.parameters())
+        if weights == self._written:
+            return
+        unfinished = self.folder.path / "model.safetensors.tmp"
         save_file(dict(served_weights(policy, "cpu", copied=True)), unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, self.path / "model.safetensors")
+        os.replace(unfinished, self.folder.path / "model.safetensors")
+        self._written = weights
 
 
 @torch.no_grad()

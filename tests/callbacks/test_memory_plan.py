@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny import KnowsWhatFollows, make_chain_policy, make_chain_sppo, make_trainer
+from torch.multiprocessing import ProcessRaisedException
 
 from sppo_lightning import SFTModule
 from sppo_lightning.batching import micro_batches
@@ -17,6 +18,9 @@ from sppo_lightning.callbacks import ExactMatch, MemoryPlan, RolloutGeneration
 from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Engine, HFEngine, Sampling
 from sppo_lightning.errors import InputError
+from sppo_lightning.models.loading import base_of
+from sppo_lightning.ranks import gather_objects, rank_and_ranks
+from sppo_lightning.replay import CriticReplay
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 
@@ -110,6 +114,65 @@ def test_the_micro_batch_is_the_fullest_that_may_come(spare: int):
     notes = noted(micro_batch_tokens=budget)
     assert worst <= max(notes.forwards) <= budget
     assert notes.backwards == 0  # or other callbacks would take it for the run's
+
+
+def test_all_forwards_of_an_update_are_tried():
+    """The reference's too, and the critic's of what is replayed."""
+
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            self.handles = [
+                base_of(part.model).register_forward_pre_hook(lambda *_, name=name: self.calls.append(name))
+                for name, part in (("reference", pl_module.reference), ("critic", pl_module.critic))
+            ]
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            for handle in self.handles:
+                handle.remove()
+
+    without, replayed = Counts(), Counts()
+    fit(without, MemoryPlan(), kl_coef=0.1)
+    fit(replayed, MemoryPlan(), kl_coef=0.1, critic_replay=CriticReplay())
+    assert (without.calls.count("reference"), replayed.calls.count("reference")) == (1, 1)
+    assert replayed.calls.count("critic") == without.calls.count("critic") + 1
+
+
+class Starved(HFEngine):
+    """Runs out of memory on the second rank."""
+
+    def stream(self, batch: Any, sampling: Sampling) -> Any:
+        if rank_and_ranks()[0] == 1:
+            raise torch.OutOfMemoryError
+        return super().stream(batch, sampling)
+
+
+class WrittenDown(MemoryPlan):
+    """What a rank raises, before the first to raise ends the others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        try:
+            super().on_train_start(trainer, pl_module)
+        except InputError as error:
+            (self.folder / f"{trainer.global_rank}").write_text(str(error))
+            gather_objects(None)
+            raise
+
+
+def test_a_rank_that_does_not_fit_ends_all(tmp_path: Path):
+    module, data = make_chain_sppo(1e-2), PromptDataModule(train=ChainTask({"1-3": 1.0}, size=16), batch_size=8)
+    stages = [RolloutGeneration(Sampling(max_new_tokens=8), engine=Starved()), ExactMatch(extract="whole")]
+    trainer = make_trainer(*stages, WrittenDown(tmp_path), devices=2, strategy="ddp_fork", max_epochs=1)
+    with pytest.raises(ProcessRaisedException):
+        trainer.fit(module, data)
+    own, other = ((tmp_path / rank).read_text() for rank in ("1", "0"))  # the other has memory enough
+    assert re.match("`max_tokens`=.* do not fit into memory; use", own)
+    assert other == own
 
 
 def noted(**settings: Any) -> Notes:

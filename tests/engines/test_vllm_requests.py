@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sppo_lightning.engines import Sampling, VLLMEngine
+from sppo_lightning.engines import NCCLTransfer, Sampling, VLLMEngine
 from sppo_lightning.engines.vllm_requests import check_answer, request_settings
 from sppo_lightning.errors import InputError
 
@@ -17,6 +17,14 @@ def test_an_engine_without_vllm_says_what_to_install(monkeypatch: pytest.MonkeyP
         InputError, match=r"^`engine`=VLLMEngine needs vLLM, .* pip install 'sppo-lightning\[vllm\]'"
     ):
         VLLMEngine()
+
+
+def test_a_transfer_without_vllm_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(
+        InputError, match=r"^`transfer`=NCCLTransfer needs vLLM .* pip install 'sppo-lightning\[vll"
+    ):
+        NCCLTransfer()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, math.nan])

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(folder: Path) -> Iterator[list[VLLMProcess]]:
-    started = [VLLMProcess(folder), VLLMProcess(folder)]
+    started = [VLLMProcess(FolderTransfer(str(folder)), folder.parent) for _ in range(2)]
     for server in started:
         server.wait()
     yield started

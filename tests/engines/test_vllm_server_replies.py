@@ -195,6 +195,33 @@ def test_a_server_that_goes_is_left_out(servers: list[Server], tmp_path: Path):
         generate(engine)
 
 
+def test_a_server_that_answers_again_takes_part_from_the_next_update_on(servers: list[Server], tmp_path: Path):
+    engine = engine_of(servers, tmp_path)
+    sick = True
+    servers[0].change = lambda path, body, answer: (503, {}) if sick else None
+    engine.servers = engine.servers[1:]  # as if it had been left out
+    generate(engine)
+    assert [server.url for server in engine.servers] == [servers[1].url]
+    sick = False
+    assert len(generate(engine, samples_per_prompt=4)) == 8
+    assert {server.url for server in engine.servers} == {server.url for server in servers}
+    assert [len(server.requests()) for server in servers] == [4, 6]
+    assert servers[0].label == servers[1].label == "3.2"  # both have been sent the same weights again
+
+
+def test_the_folder_is_written_when_weights_have_changed(servers: list[Server], tmp_path: Path):
+    engine, policy, file = engine_of(servers, tmp_path), make_policy(), tmp_path / "model.safetensors"
+    engine.update_weights(policy, 0)
+    first = file.stat().st_mtime_ns
+    engine.transfer.send(policy, engine.servers, "again")
+    assert file.stat().st_mtime_ns == first
+    assert servers[0].label == "again"
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.add_(1.0)
+    engine.transfer.send(policy, engine.servers, "new")
+    assert file.stat().st_mtime_ns > first
+
+
 def test_a_failure_that_passes_is_tried_again(servers: list[Server], tmp_path: Path):
     failures = iter([(500, "busy"), (503, "busy")])
     servers[0].change = lambda path, body, answer: next(failures, None) if "generate" in path else None

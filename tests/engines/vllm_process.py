@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tiny import make_policy
 
-from sppo_lightning.engines import FolderTransfer
+from sppo_lightning.engines.weight_transfer import WeightTransfer
 
 
 def served_policy(seed: int = 0) -> Any:
@@ -22,20 +23,21 @@ def served_policy(seed: int = 0) -> Any:
 
 
 class VLLMProcess:
-    """One server, started by the command that `FolderTransfer` gives, with what a CPU needs besides."""
+    """One server, started by the command that the transfer gives, with what a CPU needs besides."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, transfer: WeightTransfer, logs: Path, environment: Mapping[str, str] = {}) -> None:  # noqa: B006
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.log = folder.parent / f"server_{port}.log"
-        settings, *command = shlex.split(FolderTransfer(str(folder)).prepare(served_policy()))
+        self.log = logs / f"server_{port}.log"
+        settings, *command = shlex.split(transfer.prepare(served_policy()))
         command[0] = sys.executable
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "512", "--max-num-seqs", "64"]
-        environment = {
+        variables = {
             **os.environ,
+            **environment,
             **dict([settings.split("=")]),
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_NO_USAGE_STATS": "1",
@@ -43,7 +45,7 @@ class VLLMProcess:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def wait(self) -> None:
