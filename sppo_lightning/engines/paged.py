@@ -130,8 +130,9 @@ class PagedEngine(Engine):
         longest = max(map(len, batch.token_ids))
         pages = -(-(longest + sampling.max_new_tokens) // self.page_size)
         rows = max(1, min(self.max_rows, self.max_tokens // (pages * self.page_size), len(drawing.requests)))
+        named = "page_size" if "page_size" in vars(ContinuousBatchingConfig()) else "block_size"  # until 5.18
         config = ContinuousBatchingConfig(
-            page_size=self.page_size,
+            **{named: self.page_size},  # type: ignore[arg-type]
             num_blocks=rows * pages,
             max_batch_tokens=max(self.prefill_tokens, rows),
             max_requests_per_batch=rows,

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
+from packaging.version import Version
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
@@ -25,6 +26,7 @@ from sppo_lightning.engines.weight_transfer import fingerprint, served_weights, 
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 
+_OLDEST = Version("0.32")
 _SETTINGS = {  # of the process, while vLLM starts
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the trainer's
@@ -82,8 +84,10 @@ class VLLMEngine(Engine):
         if self._asleep:
             self._bring_up_to_date(self.policy)
         engine, stop = self._llm.llm_engine, StopStrings(self.policy.tokenizer, sampling.stop)
-        places = self._ask(batch, sampling)
+        places: dict[str, tuple[int, int]] = {}  # the prompt's row and the sample of each request under way
         try:
+            for name, place in self._ask(batch, sampling):
+                places[name] = place
             while places:
                 for output in self._step():
                     yield cut_at_stop(_response(output, places.pop(output.request_id), self.version), stop)
@@ -112,8 +116,8 @@ class VLLMEngine(Engine):
         with torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
             return self._llm.llm_engine.step()
 
-    def _ask(self, batch: PromptBatch, sampling: Sampling) -> dict[str, tuple[int, int]]:
-        """Hand in one request per response; the prompt's row and the sample of each, by its name."""
+    def _ask(self, batch: PromptBatch, sampling: Sampling) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Hand in one request per response; the name of each, with the prompt's row and the sample."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -133,7 +137,7 @@ class VLLMEngine(Engine):
                 **settings, seed=seed_of(seed, batch, place), output_kind=RequestOutputKind.FINAL_ONLY
             )
             self._llm.llm_engine.add_request(name, tokens_input(batch.token_ids[place[0]]), params)
-        return places
+            yield name, place
 
     def _bring_up_to_date(self, policy: CausalLMPolicy) -> None:
         """Wake vLLM, and send it the weights unless it has them."""
@@ -170,6 +174,11 @@ class VLLMEngine(Engine):
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what is meant, at each update
             write_description(policy, Path(folder))
             import vllm
+
+            if Version(vllm.__version__).release < _OLDEST.release:
+                raise InputError(
+                    f"`engine`=VLLMEngine needs vLLM {_OLDEST} or newer, and {vllm.__version__} is installed."
+                )
             from vllm.distributed import cleanup_dist_env_and_memory
 
             try:

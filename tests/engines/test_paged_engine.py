@@ -13,7 +13,7 @@ from sppo_lightning.engines import Engine, HFEngine, PagedEngine, Sampling
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import LoRA
 
-UNKNOWN = {"llama4_text": "Invalid layer type: chunked_attention", "bert": "index_copy_"}  # to transformers
+UNKNOWN = ("llama4_text", "bert")  # to transformers' continuous batching
 
 
 @pytest.fixture
@@ -57,7 +57,6 @@ def test_an_architecture_that_transformers_cannot_page(engine: Engine, family: s
     with pytest.raises(InputError) as raised:
         sample(engine, policy)
     assert f"`engine`=PagedEngine does not work with {type(policy.model).__name__}" in str(raised.value)
-    assert UNKNOWN[family] in str(raised.value)
     assert str(raised.value).endswith("use sppo_lightning.engines.HFEngine.")
 
 

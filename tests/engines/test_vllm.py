@@ -147,6 +147,24 @@ def test_the_documented_settings_build_one(monkeypatch: pytest.MonkeyPatch, tmp_
     assert generation.engine.arguments == expected
 
 
+def test_a_request_that_vllm_refuses_leaves_nothing_behind(started: VLLMEngine):
+    policy = served_policy()
+    started.update_weights(policy, 0)
+    batch = make_batch(policy, TEXTS)
+    batch.token_ids[3] = [10**6]  # no token of the vocabulary
+    with pytest.raises(ValueError, match="out of vocabulary"):
+        list(started.stream(batch, Sampling(max_new_tokens=4)))
+    assert not started._llm.llm_engine.has_unfinished_requests()
+
+
+def test_a_vllm_that_is_too_old(monkeypatch: pytest.MonkeyPatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.31.2")
+    with pytest.raises(InputError, match="needs vLLM 0.32 or newer, and 0.31.2 is installed"):
+        make_engine().update_weights(served_policy(), 0)
+
+
 def test_settings_that_vllm_does_not_take():
     policy, engine = served_policy(), make_engine()
     wrong = VLLMEngine(vllm={**engine.arguments, "max_num_sequences": 3})
