@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 _PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16, FLOP/s, by the makers
 _PROMPT = 128  # tokens
-ENGINES: dict[str, Callable[..., Engine]] = {"HFEngine": HFEngine, "PagedEngine": PagedEngine}
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "HFEngine": HFEngine,
+    "HFEngine, graphs": partial(HFEngine, cuda_graphs=True),
+    "PagedEngine": PagedEngine,
+}
 
 
 class Bench:

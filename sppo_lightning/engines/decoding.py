@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from sppo_lightning.batch import FinishReason, PromptBatch
 from sppo_lightning.engines.attention_masks import AttentionMasks
 from sppo_lightning.engines.engine import Response
+from sppo_lightning.engines.fixed_steps import FixedSteps
 from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
 from sppo_lightning.engines.slots import SlotCache
 from sppo_lightning.engines.stop_strings import StopStrings
@@ -64,10 +65,17 @@ class Decoder:
         sampling: How.
         rows: Most sequences at once.
         version: Of the weights, for the responses.
+        fixed_shapes: Whether steps come in few shapes, see `FixedSteps`.
     """
 
     def __init__(
-        self, policy: CausalLMPolicy, batch: PromptBatch, sampling: Sampling, rows: int, version: int
+        self,
+        policy: CausalLMPolicy,
+        batch: PromptBatch,
+        sampling: Sampling,
+        rows: int,
+        version: int,
+        fixed_shapes: bool = False,
     ) -> None:
         self.policy, self.batch, self.sampling, self.version = policy, batch, sampling, version
         self.device = policy.device
@@ -77,6 +85,7 @@ class Decoder:
         columns = min(longest, _FIRST_COLUMNS)
         self.cache = SlotCache(len(DynamicCache(config=config).layers), rows, columns)
         self.head, self.dtype = policy.head(), policy.compute_dtype
+        self.fixed_steps = FixedSteps(self._next, self.cache) if fixed_shapes else None
         self.columns = torch.arange(0, device=self.device)
         self.eos = frozenset(policy.eos_token_ids)
         self.stop = StopStrings(policy.tokenizer, sampling.stop)
@@ -101,13 +110,15 @@ class Decoder:
         mask = self.masks.prefill(width, self.device, self.dtype)
         positions = torch.arange(width, device=self.device).expand_as(ids)
         hidden = self._hidden(ids, mask, positions)[torch.arange(len(ids), device=self.device), last]
+        hidden = hidden.repeat_interleave(samples, 0)
         before = 0 if self.active is None else len(self.active)
         new = self._requests([(i, s) for i in chosen for s in range(samples)])
         self.cache.used += len(new)
         self.cache.width = max(self.cache.width, width)
         self.active = new if self.active is None else self.active.join(new)
         self._locate(self.active)
-        yield from self._advance(hidden.repeat_interleave(samples, 0), first=before)
+        drawn = choose(self.policy.logits(hidden, self.head), self._uniforms(before), self.sampling)
+        yield from self._advance(*drawn, first=before)
 
     def step(self) -> Iterator[Response]:
         """Draw one more token of every sequence; those that have finished, which leave."""
@@ -119,10 +130,33 @@ class Decoder:
         lowest, highest = self.steps + min(rows.origins), self.steps + max(rows.origins)
         if len(self.columns) <= highest:
             self.columns = torch.arange(2 * (highest + 1), device=self.device)
-        columns = self.columns[: highest + 1]
-        self.cache.decode_at(self.positions, highest + 1)
-        mask = self.masks.decode(self.positions, columns, lowest == highest, self.dtype)
-        yield from self._advance(self._hidden(rows.newest[:, None], mask, self.positions[:, None])[:, -1], first=0)
+        inputs = rows.newest, self.positions, self._uniforms(0), highest + 1
+        if self.fixed_steps is not None:
+            yield from self._advance(*self.fixed_steps(*inputs), first=0)
+        else:
+            yield from self._advance(*self._next(*inputs, self.columns[: highest + 1], lowest == highest), first=0)
+
+    def _next(
+        self,
+        newest: Tensor,
+        positions: Tensor,
+        uniforms: Tensor,
+        width: int,
+        columns: Tensor | None = None,
+        alike: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens and their log-probabilities, `[n]` each, given the newest ones and their positions."""
+        columns = torch.arange(width, device=self.device) if columns is None else columns
+        self.cache.decode_at(positions, width)
+        mask = self.masks.decode(positions, columns, alike, self.dtype)
+        hidden = self._hidden(newest[:, None], mask, positions[:, None])[:, -1]
+        return choose(self.policy.logits(hidden, self.head), uniforms, self.sampling)
+
+    def _uniforms(self, first: int) -> Tensor:
+        """The noise that draws the next token of each row from `first` on."""
+        assert self.active is not None
+        # by one index into a flat tensor, which is several times as fast as by two
+        return self.active.uniforms.view(-1).index_select(0, self.places[first:])
 
     def _hidden(self, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
         """Last hidden states `[n, tokens, H]` of ids `[n, tokens]`, whose keys and values are kept."""
@@ -134,14 +168,11 @@ class Decoder:
             use_cache=True,
         )
 
-    def _advance(self, hidden: Tensor, first: int) -> Iterator[Response]:
-        """Draw a token of the rows from `first` on, given their last hidden states; those that have finished."""
+    def _advance(self, token: Tensor, log_prob: Tensor, first: int) -> Iterator[Response]:
+        """Take in what was drawn for the rows from `first` on; those that have finished."""
         rows = self.active
         assert rows is not None
-        # by one index into flat tensors, which is several times as fast as by two
         place = self.places[first:]
-        uniforms = rows.uniforms.view(-1).index_select(0, place)
-        token, log_prob = choose(self.policy.logits(hidden, self.head), uniforms, self.sampling)
         rows.tokens.view(-1).index_copy_(0, place, token)
         rows.log_probs.view(-1).index_copy_(0, place, log_prob)
         rows.newest[first:] = token

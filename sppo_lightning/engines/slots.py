@@ -57,6 +57,12 @@ class SlotCache(Cache):
             self._flat[capacity, heads] = first + self.positions.repeat_interleave(heads)
         return self._flat[capacity, heads]
 
+    def reserve(self, columns: int) -> int:
+        """Make room for so many columns of rows that are prefilled; the columns that there is room for."""
+        for layer in self.layers:
+            layer._grow(columns)  # type: ignore[union-attr]
+        return self.layers[0].capacity  # type: ignore[union-attr]
+
     def drop(self, rows: list[int]) -> list[int]:
         """Let rows go; the others' former numbers, in their new order."""
         order = list(range(self.used))

@@ -15,6 +15,7 @@ SETTINGS = {
     "by default": {},
     "with few rows": {"max_rows": 3},
     "with few tokens": {"max_tokens": 90, "prefill_tokens": 16},
+    "with fixed shapes": {"cuda_graphs": True, "max_rows": 7},  # which are not recorded on a CPU
 }
 
 
