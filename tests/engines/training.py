@@ -47,3 +47,12 @@ def train(engine: Engine, prefetch: int = 0, watches: Watches | None = None, **s
     )
     make_trainer(generation, EvenRows(), watches, **settings).fit(module, KnowsWhatFollows(batches))  # type: ignore[arg-type]
     return watches
+
+
+def check_versions(engine: Engine, prefetch: int, gap: float) -> None:
+    """Responses come from the weights that they claim to be of: the newest, or one iteration older ones."""
+    watches = train(engine, prefetch)
+    assert watches.versions == ([0, 1, 2, 3, 4] if prefetch == 0 else [0, 0, 1, 2, 3])
+    assert max(watches.gaps) < gap
+    if prefetch:  # the weights before would have been seen
+        assert min(watches.moved[1:]) > 1e-3
