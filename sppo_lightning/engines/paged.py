@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -141,8 +142,10 @@ class PagedEngine(Engine):
         generation = GenerationConfig(
             do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(drawing.eos)
         )
-        manager = ContinuousBatchingManager(self._model, generation, config, hints)
-        manager.logit_processor = drawing.as_processors()
+        with isolate_rng():  # it seeds torch anew
+            manager = ContinuousBatchingManager(self._model, generation, config, hints)
+            manager.logit_processor = drawing.as_processors()
+            manager.warmup()
         manager.start()
         try:
             yield manager
@@ -218,6 +221,6 @@ def _copy_of(policy: CausalLMPolicy) -> Any:
             f"`engine`=PagedEngine keeps keys and values for each token, and {type(policy.model).__name__} "
             "remembers in a way of its own; use sppo_lightning.engines.VLLMServerEngine."
         )
-    with torch.device(policy.device):
+    with torch.device(policy.device), isolate_rng():
         model = type(policy.model)._from_config(copy.deepcopy(policy.model.config), dtype=policy.compute_dtype)
     return model.eval().requires_grad_(False)

@@ -1,9 +1,11 @@
 """What every engine promises: a class of tests that each engine's own test file inherits."""
 
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_batch, make_policy
@@ -109,6 +111,18 @@ class EngineContract:
             expected = logits.log_softmax(-1)[torch.arange(len(response)), response]
             assert expected.isfinite().all()  # nothing was drawn that is cut off
             self.close(rollouts.sampled_log_probs[row, : len(response)], expected)
+
+    def test_random_states_are_left_alone(self, engine: Engine, policy_of: MakePolicy):
+        """Or a run would depend on its engine, and a resumed one would not be the same."""
+        policy = policy_of()
+
+        def states() -> list[str]:
+            return [str(torch.get_rng_state().tolist()), str(np.random.get_state()), str(random.getstate())]
+
+        before = states()
+        sample(engine, policy, temperature=0.7)
+        sample(engine, policy, temperature=0.7)
+        assert states() == before
 
     def test_rows_come_prompt_by_prompt(self, engine: Engine, policy_of: MakePolicy):
         policy = policy_of()
