@@ -36,6 +36,7 @@ def balanced(module: Any, update: Experience) -> Experience:
     device = update.rewards.device
     packed = kept.to("cpu")
     parts = [packed.rows([i for i, to in enumerate(targets[rank]) if to == other]) for other in range(ranks)]
+    # what is unpickled comes from the run's other ranks, as with torch's own collectives of objects
     received = [pickle.loads(part) for part in exchange_bytes([pickle.dumps(p) for p in parts], device)]
     return Experience.concat(received).to(device)
 
