@@ -158,7 +158,7 @@ class CausalLMPolicy(PretrainedModule):
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(2)[None]
         try:
             both = self.hidden(input_ids=ids.repeat(1, 2), position_ids=positions, use_cache=False)[0]
-        except TypeError:  # no positions in its forward
+        except (IndexError, RuntimeError, TypeError, ValueError):  # no positions in its forward, or not like these
             self.packable = False
         else:
             first, second = both.chunk(2)
