@@ -119,6 +119,7 @@ class VLLMEngine(Engine):
     def _ask(self, batch: PromptBatch, sampling: Sampling) -> Iterator[tuple[str, tuple[int, int]]]:
         """Hand in one request per response; the name of each, with the prompt's row and the sample."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
@@ -136,7 +137,12 @@ class VLLMEngine(Engine):
             params = SamplingParams(
                 **settings, seed=seed_of(seed, batch, place), output_kind=RequestOutputKind.FINAL_ONLY
             )
-            self._llm.llm_engine.add_request(name, tokens_input(batch.token_ids[place[0]]), params)
+            try:
+                self._llm.llm_engine.add_request(name, tokens_input(batch.token_ids[place[0]]), params)
+            except (VLLMClientError, ValueError) as error:
+                raise InputError(
+                    f"vLLM refuses the request for prompt {place[0]} of the batch: {error}."
+                ) from error
             yield name, place
 
     def _bring_up_to_date(self, policy: CausalLMPolicy) -> None:

@@ -148,7 +148,9 @@ def test_a_request_that_vllm_refuses_leaves_nothing_behind(started: VLLMEngine):
     started.update_weights(policy, 0)
     batch = make_batch(policy, TEXTS)
     batch.token_ids[3] = [10**6]  # no token of the vocabulary
-    with pytest.raises(ValueError, match="out of vocabulary"):
+    with pytest.raises(
+        InputError, match="^vLLM refuses the request for prompt 3 of the batch: .* out of vocabulary"
+    ):
         list(started.stream(batch, Sampling(max_new_tokens=4)))
     assert not started._llm.llm_engine.has_unfinished_requests()
 
