@@ -263,8 +263,8 @@ def show(results: list[dict[str, Any]], left_out: list[str]) -> None:
 
 def _ratio(decoded: dict[str, Any], results: list[dict[str, Any]]) -> float:
     """Its speed, where that of `generate()` with as many rows is 1."""
-    same = {**decoded, "settings": [*decoded["settings"][:2], "generate()"]}
-    base = [e for e in results if all(e[name] == same[name] for name in ("shape", "kind", "settings"))]
+    same = decoded["shape"], [*decoded["settings"][:2], "generate()"]
+    base = [each for each in results if (each["shape"], each["settings"]) == same]
     return float(decoded["tokens_per_second"] / base[0]["tokens_per_second"]) if base else float("nan")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from operator import or_
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -16,7 +15,7 @@ from sppo_lightning.batch import FinishReason, PromptBatch
 from sppo_lightning.engines.attention_masks import AttentionMasks
 from sppo_lightning.engines.engine import Response
 from sppo_lightning.engines.fixed_steps import FixedSteps
-from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
+from sppo_lightning.engines.sampling import Sampling, choose, request_noise, run_seed
 from sppo_lightning.engines.slots import SlotCache
 from sppo_lightning.engines.stop_strings import StopStrings
 from sppo_lightning.models import CausalLMPolicy
@@ -225,11 +224,7 @@ class Decoder:
     def _requests(self, requests: list[tuple[int, int]]) -> _Rows:
         """Rows that have no token yet, with the noise of all they may have."""
         shape = (len(requests), self.sampling.max_new_tokens)
-        noise = np.zeros(shape, dtype=np.float32)
-        if self.sampling.temperature > 0:
-            for row, (i, sample) in enumerate(requests):
-                prompt, visit = self.batch.prompts[i], self.batch.visits[i]
-                noise[row] = token_noise(self.seed, prompt, visit, sample, shape[1])
+        noise = request_noise(self.seed, self.batch, requests, self.sampling)
         return _Rows(
             requests,
             [self.steps] * len(requests),

@@ -42,9 +42,10 @@ class FixedSteps:
         used = self.cache.used
         rows = min(1 << (used - 1).bit_length(), self.cache.rows)
         columns = -(-width // _COLUMNS) * _COLUMNS
-        if self.cache.reserve(columns) != self.capacity:
+        capacity = self.cache.reserve(columns)
+        if capacity != self.capacity:
             self.recorded.clear()  # they write into buffers that are no more
-            self.capacity = self.cache.reserve(columns)
+            self.capacity = capacity
         inputs = [torch.nn.functional.pad(each, (0, rows - used)) for each in (newest, positions, uniforms)]
         self.cache.used = rows
         try:

@@ -11,7 +11,7 @@ from sppo_lightning.engines.decode_attention import decode_attention_in
 from sppo_lightning.engines.decoding import Decoder
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling
-from sppo_lightning.engines.slots import SlotCache
+from sppo_lightning.engines.slots import refuse_other_caches
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 
@@ -49,11 +49,8 @@ class HFEngine(Engine):
 
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
         """Keep a reference to the policy: the engine samples from the very weights that are trained."""
-        if policy is not self.policy and not SlotCache.fits(policy.model.config):
-            raise InputError(
-                f"`engine`=HFEngine keeps keys and values for each token, and {type(policy.model).__name__} "
-                "remembers in a way of its own; use sppo_lightning.engines.VLLMServerEngine."
-            )
+        if policy is not self.policy:
+            refuse_other_caches(policy, "HFEngine")
         self.policy, self.version = policy, version
 
     def rows(self, prompts: int, longest: int, sampling: Sampling) -> int:

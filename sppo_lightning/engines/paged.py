@@ -21,8 +21,8 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from sppo_lightning.batch import FinishReason, PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
-from sppo_lightning.engines.sampling import Sampling, choose, run_seed, token_noise
-from sppo_lightning.engines.slots import SlotCache
+from sppo_lightning.engines.sampling import Sampling, choose, request_noise, run_seed
+from sppo_lightning.engines.slots import refuse_other_caches
 from sppo_lightning.engines.stop_strings import StopStrings
 from sppo_lightning.engines.weight_transfer import served_weights
 from sppo_lightning.errors import InputError
@@ -174,10 +174,7 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
         self.requests, self.sampling, self.width = requests, sampling, sampling.max_new_tokens
         self.prompt_lengths = [len(batch.token_ids[i]) for i, _ in requests]
         self.eos = frozenset(policy.eos_token_ids)
-        noise, seed = np.zeros((len(requests), self.width), dtype=np.float32), run_seed()
-        if sampling.temperature > 0:
-            for row, (i, sample) in enumerate(requests):
-                noise[row] = token_noise(seed, batch.prompts[i], batch.visits[i], sample, self.width)
+        noise = request_noise(run_seed(), batch, requests, sampling)
         self.uniforms = torch.from_numpy(np.append(np.float32(0), noise)).to(policy.device)
         self.log_probs = torch.zeros(len(self.uniforms), device=policy.device)
 
@@ -216,11 +213,7 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
 
 def _copy_of(policy: CausalLMPolicy) -> Any:
     """A model of the policy's architecture in the compute dtype, with weights that are not yet the policy's."""
-    if not SlotCache.fits(policy.model.config):
-        raise InputError(
-            f"`engine`=PagedEngine keeps keys and values for each token, and {type(policy.model).__name__} "
-            "remembers in a way of its own; use sppo_lightning.engines.VLLMServerEngine."
-        )
+    refuse_other_caches(policy, "PagedEngine")
     with torch.device(policy.device), isolate_rng():
         model = type(policy.model)._from_config(copy.deepcopy(policy.model.config), dtype=policy.compute_dtype)
     return model.eval().requires_grad_(False)

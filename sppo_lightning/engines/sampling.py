@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sppo_lightning.batch import Prompt
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.errors import InputError
 
 
@@ -92,6 +92,17 @@ def token_noise(seed: int, prompt: Prompt, visit: int, sample: int, tokens: int)
     """
     bits = np.random.Philox(key=request_seed(seed, prompt, visit, sample))
     return np.random.Generator(bits).random(tokens, dtype=np.float32)
+
+
+def request_noise(
+    seed: int, batch: PromptBatch, requests: Sequence[tuple[int, int]], sampling: Sampling
+) -> np.ndarray:
+    """`[n, max_new_tokens]`: the noise of requests, each a prompt's row in the batch and a sample; 0 if greedy."""
+    noise = np.zeros((len(requests), sampling.max_new_tokens), dtype=np.float32)
+    if sampling.temperature > 0:
+        for row, (i, sample) in enumerate(requests):
+            noise[row] = token_noise(seed, batch.prompts[i], batch.visits[i], sample, sampling.max_new_tokens)
+    return noise
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from sppo_lightning.errors import InputError
+from sppo_lightning.models import CausalLMPolicy
+
 _FILLED_AT_ONCE = 32
 
 
@@ -76,6 +79,15 @@ class SlotCache(Cache):
                 layer.move(former, moved, self.width)  # type: ignore[union-attr]
         self.used = len(order)
         return order
+
+
+def refuse_other_caches(policy: CausalLMPolicy, engine: str) -> None:
+    """Raise `InputError` for a policy that remembers other things than keys and values."""
+    if not SlotCache.fits(policy.model.config):
+        raise InputError(
+            f"`engine`={engine} keeps keys and values for each token, and {type(policy.model).__name__} "
+            "remembers in a way of its own; use sppo_lightning.engines.VLLMServerEngine."
+        )
 
 
 class _SlotLayer(CacheLayerMixin):

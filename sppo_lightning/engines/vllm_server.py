@@ -126,7 +126,7 @@ class VLLMServerEngine(Engine):
             announced = False
             while True:
                 try:
-                    _health(server)
+                    _health(server.url, _LOOK_SECONDS)
                     break
                 except Unreachable as error:
                     if time.monotonic() > deadline:
@@ -155,7 +155,7 @@ class VLLMServerEngine(Engine):
         for url in self.urls:
             if url not in asked:
                 with suppress(Unreachable):
-                    JSONClient(url, _KNOCK_SECONDS).get("/health")
+                    _health(url, _KNOCK_SECONDS)
                     returned.append(JSONClient(url, self.timeout_seconds))
                     rank_zero_info(f"The vLLM server at {url} answers again and takes part from now on.")
         return returned
@@ -163,7 +163,7 @@ class VLLMServerEngine(Engine):
     def _answers(self, server: JSONClient) -> bool:
         """Whether a server is there; it is left out from now on where not, as long as another one is."""
         try:
-            _health(server)
+            _health(server.url, _LOOK_SECONDS)
             return True
         except Unreachable as error:
             self._leave_out(server, error)
@@ -219,6 +219,6 @@ class VLLMServerEngine(Engine):
         return Response(*place, ids, log_probs, reason, self.version)
 
 
-def _health(server: JSONClient) -> None:
+def _health(url: str, timeout_seconds: float) -> None:
     """Raise `Unreachable` for a server that is not well; on a connection of its own, others may be busy."""
-    JSONClient(server.url, _LOOK_SECONDS).get("/health")
+    JSONClient(url, timeout_seconds).get("/health")
