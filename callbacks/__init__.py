@@ -1,5 +1,6 @@
 """The pipeline's stages and everything a user adds to it."""
 
+from sppo_lightning.callbacks.checkpoint import Checkpoint
 from sppo_lightning.callbacks.code_verifier import CodeVerifier
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
@@ -23,6 +24,7 @@ from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
+    "Checkpoint",
     "CodeVerifier",
     "CompletionWriter",
     "CriticCalibration",

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
 from sppo_lightning.batch import PromptBatch
-from sppo_lightning.callbacks.initial_validation import validate_in_fit
 from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.figures import learning_curve
 from sppo_lightning.memory import peak_memory
+from sppo_lightning.resuming import validate_in_fit
 
 PHASES = ("rollout", "verify", "update", "validation")
 

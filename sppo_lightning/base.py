@@ -8,19 +8,22 @@ from typing import Any
 
 import rich
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.batching import MicroRows, micro_batches
+from sppo_lightning.checkpoints import AtomicCheckpointIO
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import check_requirements
+from sppo_lightning.resuming import ResumableModule
 
 _REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
     "gradient_clip_val": "max_grad_norm` of `model.policy_optimizer` and `model.critic_optimizer",
@@ -28,7 +31,7 @@ _REPLACED = {  # trainer settings that manual optimization ignores, and what doe
 }
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(ResumableModule):
     """A LightningModule with a policy; validates, tests and predicts through the pipeline's stages.
 
     `phase_seconds` holds the seconds of the current iteration by phase, which stages add to.
@@ -61,7 +64,9 @@ class PolicyModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Check that the stages provide what this stage of the run needs."""
+        """Check that the stages provide what this stage of the run needs; let no checkpoint be half-written."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
         if stage == "predict":
             needs = frozenset({"rollouts"})
@@ -162,6 +167,7 @@ class PolicyModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log avg@k and pass@k of every validation set."""
+        super().on_validation_epoch_end()
         self._report()
 
     def on_test_epoch_end(self) -> None:

@@ -44,8 +44,12 @@ class Stage(Callback):
         check_requirements(self.requires, callbacks[: callbacks.index(self)], callbacks, type(self).__name__)
 
     def _start_batch(self, trainer: Trainer, module: LightningModule, batch: PromptBatch) -> None:
-        self.begin()
-        self.run(batch, trainer, module)
+        def work() -> None:
+            self.begin()
+            self.run(batch, trainer, module)
+
+        preemption = getattr(module, "preemption", None)
+        work() if preemption is None else preemption.guard(work)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Run, unless the training step uses no stage at all, as in supervised learning."""
