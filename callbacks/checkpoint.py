@@ -17,15 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from sppo_lightning.checkpoints import (
-    NotSaved,
-    newest_whole,
-    partial_path,
-    publish,
-    remove,
-    together,
-    write_together,
-)
+from sppo_lightning.checkpoint_search import newest_whole
+from sppo_lightning.checkpoints import NotSaved, partial_path, publish, remove, together, write_together
 from sppo_lightning.preemption import Preemption
 
 _CHANGED = (  # before a checkpoint is saved, which holds it
@@ -76,7 +69,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take SIGTERM."""
-        if getattr(pl_module, "preemption", None) is None:
+        if getattr(pl_module, "preemption", None) is None and not self.save_weights_only:
             self._preemption = Preemption(trainer, lambda: self._save_before_end(trainer, pl_module))
             pl_module.preemption = self._preemption  # type: ignore[assignment]
 
@@ -89,7 +82,8 @@ class Checkpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As ModelCheckpoint, and as in `teardown`, which Lightning skips after an exception."""
         self.teardown(trainer, pl_module, "fit")
-        super().on_exception(trainer, pl_module, exception)
+        with self._as_before_on_failure(trainer):
+            super().on_exception(trainer, pl_module, exception)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -108,11 +102,11 @@ class Checkpoint(ModelCheckpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self._train_time_interval is not None:
-            now = time.monotonic()
-            waited = now - (self._last_time_checked or now)
+            assert self._last_time_checked is not None  # since training started
+            waited = time.monotonic() - self._last_time_checked
             due = trainer.strategy.broadcast(waited >= self._train_time_interval.total_seconds())
-            self._last_time_checked = now if due or self._last_time_checked is None else self._last_time_checked
-            return bool(due)
+            self._last_time_checked += waited if due else 0.0
+            return due
         return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
 
     def _save_before_end(self, trainer: Trainer, module: Any) -> None:

@@ -1,11 +1,8 @@
-"""Checkpoint files: written whole or not at all, and told from what is left of one that was not."""
+"""Checkpoint files, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import pickletools
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +12,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import Strategy
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sppo_lightning.ranks import gather_objects
 
 _PARTIAL = ".partial"  # ends the name of what is not whole yet
-_META, _INDEX = "meta.pt", ".metadata"  # of a sharded checkpoint: the trainer's state, and what is in which file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -159,80 +154,3 @@ def write_together(strategy: Strategy, checkpoint: dict[str, Any], filepath: str
         if first:
             remove(partial)
         raise
-
-
-def flaw(path: Path) -> str | None:
-    """What a checkpoint, a file or a folder of shards, lacks to be whole; None where nothing is missing.
-
-    Reads it from end to end, once, without running what is pickled in it but a folder's index of shards.
-    """
-    return _flaw_of_shards(path) if path.is_dir() else _flaw_of_file(path)
-
-
-def _flaw_of_file(path: Path) -> str | None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged is None and not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                return "it was not written by torch"
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):  # the last for a method that torch never uses
-        return "its end is missing"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    return None if damaged is None else f"its part {damaged} is damaged"
-
-
-def _flaw_of_shards(folder: Path) -> str | None:
-    missing = [name for name in (_INDEX, _META) if not (folder / name).is_file()]
-    if missing:
-        return f"its {missing[0]} is missing"
-    if lack := _flaw_of_file(folder / _META):
-        return f"of its {_META} it is said that {lack}"
-    try:
-        parts = FileSystemReader(folder).read_metadata().storage_data.values()
-    except (pickle.UnpicklingError, EOFError, AttributeError, OSError):
-        return f"its {_INDEX} is damaged"
-    ends: dict[str, int] = {}  # bytes that each file must have
-    for part in parts:
-        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-    for name, end in ends.items():
-        shard = folder / name
-        if not shard.is_file() or shard.stat().st_size < end:
-            return f"its {name} is {'cut off' if shard.is_file() else 'missing'}"
-    return None
-
-
-def is_resumable(path: Path) -> bool:
-    """Whether a whole checkpoint holds the optimizer and so is more than weights."""
-    if path.is_dir():
-        return True
-    with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        words = pickletools.genops(archive.read(name))
-        return any(word == "optimizer_states" for _, word, _ in words)
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by the time that they were written; a link comes before what it leads to."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.glob("*.ckpt") if path.exists()]
-    return sorted(found, key=lambda path: (_written(path), path.is_symlink()), reverse=True)
-
-
-def _written(path: Path) -> int:
-    inside = path / _META if path.is_dir() else path
-    return (inside if inside.exists() else path).stat().st_mtime_ns  # nanoseconds
-
-
-def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that a run can go on from, and the newer torn ones, each with what it lacks."""
-    torn: dict[Path, str] = {}
-    for path in newest_first(folder):
-        if path.resolve() in torn:
-            continue
-        if lack := flaw(path):
-            torn[path.resolve()] = lack
-        elif is_resumable(path):
-            return path, torn
-    return None, torn

@@ -18,6 +18,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from sppo_lightning.checkpoint_search import flaw, looks_like_checkpoint, newest_whole
 from sppo_lightning.errors import InputError
 
 _OUR_FOLDER = str(Path(__file__).parent)
@@ -73,12 +74,15 @@ def check_checkpoint(name: str, weights_only: bool | None = None) -> None:
     path = Path(name).expanduser()
     if name in _BY_WORD or re.match(r"\w+:", name):
         return
-    if path.is_dir():
-        if not (path / "meta.pt").is_file():  # that of sharded weights
-            raise InputError(f"`--ckpt_path`={name} is a folder, not a checkpoint{_newest(path)}.")
-    elif not path.exists():
+    if not path.exists():
         raise InputError(f"`--ckpt_path`={name} does not exist{_nearest(path)}.")
-    elif "pytorch-lightning_version" not in _contents(path, weights_only):
+    if path.is_dir() and not looks_like_checkpoint(path):
+        raise InputError(f"`--ckpt_path`={name} is a folder, not a checkpoint{_newest(path)}.")
+    if looks_like_checkpoint(path) and (lack := flaw(path)):
+        whole, _ = newest_whole(path.parent)
+        way_out = f"the newest whole one beside it is {whole}" if whole else "there is no whole one beside it"
+        raise InputError(f"`--ckpt_path`={name} is torn ({lack}); {way_out}.")
+    if path.is_file() and "pytorch-lightning_version" not in _contents(path, weights_only):
         raise InputError(
             f"`--ckpt_path`={name} is not a checkpoint of a run; give a file that ModelCheckpoint wrote, or start "
             "from a model's weights with `--model.policy.pretrained`."

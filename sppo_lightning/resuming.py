@@ -54,10 +54,25 @@ class ResumableModule(LightningModule):
             _set_random_state(loaded["random"][rank])
         if loaded["logged"]:
             self.trainer._logger_connector.log_metrics(dict(loaded["logged"]))
-        loop = self.trainer.fit_loop.epoch_loop
-        fetcher: Any = self.trainer.fit_loop._data_fetcher
-        if loop.restarted_on_train_batch_end and loop._should_check_val_fx(fetcher):
-            validate_in_fit(self.trainer)
+        fit_loop, loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end:
+            fetcher: Any = fit_loop._data_fetcher
+            if loop._should_check_val_fx(fetcher):
+                epochs = fit_loop.epoch_progress.current
+                completed, epochs.completed = epochs.completed, loaded["epoch"]  # which it is logged with
+                validate_in_fit(self.trainer)
+                epochs.completed = completed
+            if fit_loop.restarted_mid_epoch and loop.batch_progress.is_last_batch:
+                # Lightning goes on with the next epoch without counting its start: a second resume repeats it
+                fit_loop.reset_restart_stage()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Forget what the iteration before logged: what is not measured anew would be logged again."""
+        results = self.trainer._results if self.trainer.training else None
+        for result in [] if results is None else results.values():
+            if not result.meta.on_epoch:
+                result.reset()
+        return batch
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note what a checkpoint is made of that is saved before the next iteration has learned anything."""
@@ -83,13 +98,13 @@ class ResumableModule(LightningModule):
         logged = {name: float(value) for name, value in metrics.items()} if connector.should_update_logs else {}
         if logged:
             logged["epoch"] = float(self.trainer.current_epoch)
-        own = {"random": gather_objects(_random_state()), "logged": logged}
+        own = {"random": gather_objects(_random_state()), "logged": logged, "epoch": self.trainer.current_epoch}
         if self._boundary is not None and self._is_in_batch:
             boundary = copy.deepcopy(self._boundary)
             checkpoint["loops"]["fit_loop"] = boundary["fit_loop"]
             checkpoint.get("callbacks", {}).update(boundary["callbacks"])
             checkpoint.update(boundary["data"])
-            own = {"random": gather_objects(boundary["random"]), "logged": {}}
+            own = {"random": gather_objects(boundary["random"]), "logged": {}, "epoch": boundary["epoch"]}
         checkpoint["resuming"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -111,6 +126,7 @@ class ResumableModule(LightningModule):
             "callbacks": {key: state for key, state in states.items() if state},
             "data": {} if data is None or not (state := data.state_dict()) else {type(data).__qualname__: state},
             "random": _random_state(),
+            "epoch": trainer.current_epoch,
         }
         return copy.deepcopy(parts)
 

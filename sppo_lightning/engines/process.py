@@ -206,8 +206,9 @@ def _without_text(batch: PromptBatch) -> PromptBatch:
 
 
 def _serve(connection: Connection, engine: Engine) -> None:
-    """Answer requests until the other side closes; a keyboard's interrupt is for the trainer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Answer requests until the other side closes; signals to the whole group are for the trainer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     policy: CausalLMPolicy | None = None
     while True:
         try:
