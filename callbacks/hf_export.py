@@ -30,17 +30,14 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write model, generation config and tokenizer with `save_pretrained`."""
-        if not trainer.is_global_zero:
-            return
-        self._save(pl_module.policy, self.path)
+        self._save(pl_module.policy, self.path, trainer.is_global_zero)
         if getattr(pl_module, "critic", None) is not None:
-            self._save(pl_module.critic, self.path / "critic")
+            self._save(pl_module.critic, self.path / "critic", trainer.is_global_zero)
         rank_zero_info(f"Saved the trained model to {self.path}")
 
-    def _save(self, owner: Any, path: Path) -> None:
-        if owner.lora is None:
-            owner.model.save_pretrained(path)
-        else:
-            save_merged(owner.model, path)
-            save_adapter(owner.model, path / "adapter", owner.head_weights())
-        owner.tokenizer.save_pretrained(path)
+    def _save(self, owner: Any, path: Path, writes: bool) -> None:
+        save_merged(owner.model, path, writes)  # on all ranks, each of which may hold a part
+        if owner.lora is not None:
+            save_adapter(owner.model, path / "adapter", owner.head_weights(), writes)
+        if writes:
+            owner.tokenizer.save_pretrained(path)

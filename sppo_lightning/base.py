@@ -9,7 +9,7 @@ from typing import Any
 import rich
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import check_requirements
 
@@ -58,6 +59,8 @@ class PolicyModule(LightningModule):
                 f"`trainer.precision`={self.trainer.precision} multiplies gradients by a scale that "
                 "`max_grad_norm` would take for their size; use bf16-mixed."
             )
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            settle_mesh(self.trainer.strategy, self.trainer.num_devices * self.trainer.num_nodes)
         return []
 
     def setup(self, stage: str) -> None:
@@ -69,8 +72,21 @@ class PolicyModule(LightningModule):
         check_requirements(needs, callbacks, callbacks, "the module")
 
     def configure_model(self) -> None:
-        """Load the weights; called by Lightning on every rank before checkpoints are restored."""
+        """Load the weights, and shard them where the strategy says so; called by Lightning before all else."""
+        self.build_models()
+        if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        for model in self.models():
+            if not is_sharded(model):
+                shard(model, self.device_mesh["data_parallel"])  # type: ignore[index]
+
+    def build_models(self) -> None:
+        """Load the weights; a second call does nothing."""
         self.policy.build()
+
+    def models(self) -> list[nn.Module]:
+        """Those with weights of their own, each of which is sharded by itself."""
+        return [self.policy]
 
     def end_iteration(self, update_seconds: float) -> None:
         """Log the phases' seconds, which start anew, and the peaks of memory, of the rank that needs most."""
@@ -90,7 +106,7 @@ class PolicyModule(LightningModule):
         A parameter group that is not among `modules` stays as it is.
         """
         norms = {
-            name: nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
+            name: whole(nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm))
             for name, (module, settings) in modules.items()
         }
         optimizer: Any = self.optimizers()
@@ -140,10 +156,10 @@ class PolicyModule(LightningModule):
         return None
 
     def _evaluate(self, batch: PromptBatch, dataloader_idx: int) -> None:
+        values = self.prompt_values(batch)  # of an empty batch too: a sharded critic needs all ranks
         if not len(batch):
             return  # this rank's share of the last batch is empty
         assert batch.rollouts is not None
-        values = self.prompt_values(batch)
         spread = None if values is None else values[batch.rollouts.prompt_index]
         self.evaluation.update(dataloader_idx, batch.rollouts, spread)
         if batch.greedy_rollouts is not None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.loading import base_of, first_sentence
+from sppo_lightning.models.sharding import whole
 
 _ADAPTER = "default"  # peft's name for a model's only adapter
 
@@ -116,37 +117,50 @@ def merged_weights(model: nn.Module, device: torch.device | str | None = None) -
     """Names and weights of the model that `model` was before its adapters, with those merged into them.
 
     One at a time, so that a second model need not fit beside the first; what is merged goes to `device`, and all
-    other weights are the model's own.
+    other weights are the model's own. A collective at each weight of a sharded model, which is whole here.
     """
     layers = _layers(model)
     for name, weight in model.state_dict().items():
         part = re.match(r"(.+?)\.(base_layer|lora_\w+)\.(.+)", name)
         if part is None or part[1] not in layers:
-            yield name, weight
+            yield name, whole(weight)
         elif part[2] == "base_layer":
             if part[3] == "weight" and not layers[part[1]].disable_adapters:
-                weight = (weight + layers[part[1]].get_delta_weight(_ADAPTER)).to(device or weight.device)
-            yield f"{part[1]}.{part[3]}", weight
+                weight = whole(weight + layers[part[1]].get_delta_weight(_ADAPTER)).to(device or weight.device)
+            yield f"{part[1]}.{part[3]}", whole(weight)
 
 
-def save_merged(model: Any, path: Path) -> None:
-    """Write the folder of the model with its adapters merged; `model` stays as it is."""
-    weights = dict(merged_weights(model, "cpu"))
+def save_merged(model: Any, path: Path, writes: bool = True) -> None:
+    """Write the folder of the model, whole and with its adapters merged; `model` stays as it is.
+
+    A collective where the model is sharded, of which the ranks with `writes` keep the weights and write.
+    """
+    merged = ((name, weight.cpu()) for name, weight in merged_weights(model, "cpu"))
+    weights = {name: weight for name, weight in merged if writes}
+    if not writes:
+        return
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = False  # by which save_pretrained would write the adapters alone
     try:
         model.save_pretrained(path, state_dict=weights)
     finally:
-        model._hf_peft_config_loaded = True
+        model._hf_peft_config_loaded = adapted
 
 
-def save_adapter(model: Any, path: Path, head: Collection[str] = ()) -> None:
-    """Write the adapters, and the weights named in `head`, as a folder that peft loads onto the base model."""
+def save_adapter(model: Any, path: Path, head: Collection[str] = (), writes: bool = True) -> None:
+    """Write the adapters, and the weights named in `head`, as a folder that peft loads onto the base model.
+
+    A collective where the model is sharded, of which the ranks with `writes` write.
+    """
     from peft import get_peft_model_state_dict
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
 
     weights = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
     weights |= {name: weight for name, weight in model.state_dict().items() if name in head}
+    weights = {name: whole(weight) for name, weight in weights.items()}
+    if not writes:
+        return
     config = copy.copy(model.peft_config[_ADAPTER])
     config.task_type = "SEQ_CLS" if head else "CAUSAL_LM"
     config.modules_to_save = sorted({name.split(".")[0] for name in head}) or None
