@@ -113,8 +113,9 @@ class MemoryPlan(Callback):
         # responses to one prompt share its prefill, so that it is quick to fill the cache
         alone = PromptBatch(batch.prompts[:1], [prompt], [0])
 
+        engine.update_weights(module.policy, module.trainer.global_step)  # a copy of a sharded policy stays
+
         def sample(rows: int) -> None:
-            engine.update_weights(module.policy, module.trainer.global_step)
             for _ in engine.stream(alone, Sampling(max_new_tokens=few, samples_per_prompt=rows)):
                 pass
 

@@ -10,13 +10,20 @@ import torch
 import torch.multiprocessing as mp
 
 
-def on_ranks(ranks: int, folder: Path, work: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:
+def on_ranks(
+    ranks: int,
+    folder: Path,
+    work: Callable[..., Any],
+    *arguments: Any,
+    start_method: str = "fork",
+    **settings: Any,
+) -> list[Any]:
     """What `work(*arguments, **settings)` returns on each rank; `folder` is where they leave it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     everything = (ranks, port, folder, work, arguments, settings)
-    mp.start_processes(_rank, everything, nprocs=ranks, start_method="fork")
+    mp.start_processes(_rank, everything, nprocs=ranks, start_method=start_method)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -43,8 +43,9 @@ class WholeCopy:
 
     def __init__(self, source: CausalLMPolicy, device: torch.device | str | None = None) -> None:
         self.source = source
-        kind = next(kind for kind in type(source).__mro__ if not issubclass(kind, FSDPModule))  # before sharding
-        self.policy: Any = kind.__new__(kind)  # of the same class
+        # the class before sharding, which puts one of its own in its place
+        kind: Any = next(kind for kind in type(source).__mro__ if not issubclass(kind, FSDPModule))
+        self.policy: CausalLMPolicy = kind.__new__(kind)
         nn.Module.__init__(self.policy)
         plain = {name: value for name, value in vars(source).items() if not name.startswith("_")}
         self.policy.__dict__.update(plain, lora=None)
