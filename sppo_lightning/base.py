@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.batching import MicroRows, micro_batches
@@ -21,6 +23,7 @@ from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
+from sppo_lightning.phases import Watch, phase
 from sppo_lightning.pipeline import check_requirements
 
 _REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
@@ -43,6 +46,7 @@ class PolicyModule(LightningModule):
         super().__init__()
         self.policy = policy
         self.evaluation = Evaluation()
+        self._watch: Watch | None = None
         self.phase_seconds: dict[str, float] = {}
         self.last_phase_seconds: dict[str, float] = {"rollout": 0.0, "verify": 0.0, "update": 0.0}
 
@@ -70,6 +74,15 @@ class PolicyModule(LightningModule):
             needs = frozenset({"rollouts"})
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         check_requirements(needs, callbacks, callbacks, "the module")
+        if self.trainer.world_size > 1:
+            timeout = getattr(self.trainer.strategy, "_timeout", None) or default_pg_timeout
+            self._watch = Watch(timeout.total_seconds(), rank_zero_warn)
+
+    def teardown(self, stage: str) -> None:
+        """End what was begun in `setup`."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def configure_model(self) -> None:
         """Load the weights, and shard them where the strategy says so; called by Lightning before all else."""
@@ -155,6 +168,7 @@ class PolicyModule(LightningModule):
         """The critic's chance of success for each prompt, `[B]`; None without a critic."""
         return None
 
+    @phase("validation")
     def _evaluate(self, batch: PromptBatch, dataloader_idx: int) -> None:
         values = self.prompt_values(batch)  # of an empty batch too: a sharded critic needs all ranks
         if not len(batch):
@@ -184,6 +198,7 @@ class PolicyModule(LightningModule):
         """Log avg@k and pass@k of every test set."""
         self._report()
 
+    @phase("validation")
     def _report(self) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         loaders = self.trainer.num_val_batches if self.trainer.validating else self.trainer.num_test_batches

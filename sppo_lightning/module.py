@@ -23,6 +23,7 @@ from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import BinaryCrossEntropy, Objective, TokenClipObjective, ValueLoss
 from sppo_lightning.off_policy import TruncatedImportance, compares_with_sampler, corrected
 from sppo_lightning.optim import GroupOptimizer, Schedule
+from sppo_lightning.phases import phase
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.step_metrics import count_micro_batch, iteration_metrics
 from sppo_lightning.warmup import CriticWarmup
@@ -100,6 +101,7 @@ class SPPOModule(ActorCritic):
         self.recompute_old_log_probs = recompute_old_log_probs
         check_combination(self)
 
+    @phase("`update`")
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration of SPPO: every prompt's response is one action; a mini-batch is one update."""
         start, meter = time.perf_counter(), Meter()

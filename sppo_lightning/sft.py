@@ -14,6 +14,7 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
+from sppo_lightning.phases import phase
 
 
 class SFTModule(PolicyModule):
@@ -41,6 +42,7 @@ class SFTModule(PolicyModule):
         self.lr_schedule = lr_schedule
         self.micro_batch_tokens = micro_batch_tokens
 
+    @phase("`update`")
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One update: mean negative log-likelihood of the demonstrations' tokens, over all ranks."""
         start, meter = time.perf_counter(), Meter()
