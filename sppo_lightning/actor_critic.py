@@ -53,6 +53,7 @@ class ActorCritic(PolicyModule):
         self.critic_optimizer = critic_optimizer
         self.lr_schedule = lr_schedule
         self.micro_batch_tokens = micro_batch_tokens
+        self.last_figures: dict[str, Any] = {}  # what the last iteration logged, without what only older ones did
 
     @property
     def needs_reference(self) -> bool:

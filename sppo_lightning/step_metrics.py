@@ -76,14 +76,17 @@ def report(module: Any, meter: Meter, experience: Experience, remembered: Mappin
         experience: What they learned from.
         remembered: Figures of what outlives the iteration.
     """
+    module.last_figures = {}
     if not meter.totals:
         return
     metrics = iteration_metrics(module, experience)
-    for name, value in (meter.means(module.trainer.strategy) | metrics | dict(remembered)).items():
-        module.log(name, value, prog_bar=name in ("reward/mean", "critic/value_mean"))
+    figures = meter.means(module.trainer.strategy) | metrics | dict(remembered)
     if module.critic_warmup is not None:
         module.critic_warmup.observe(module.trainer.global_step, metrics)
-        module.log("critic/warming_up", float(module.critic_warmup.running))
+        figures["critic/warming_up"] = float(module.critic_warmup.running)
+    for name, value in figures.items():
+        module.log(name, value, prog_bar=name in ("reward/mean", "critic/value_mean"))
+    module.last_figures = figures
 
 
 def iteration_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:

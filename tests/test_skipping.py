@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_ddp import Parity
+from test_docs import block_of
 from tiny import CHAIN_WORDS, TinyCritic, make_chain_policy, make_chain_sppo, make_trainer
 from torch import Tensor
 
@@ -378,3 +379,14 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_limit_that_no_run_would_meet(most: int) -> None:
     with pytest.raises(InputError, match=f"^`max_skipped_updates`={most} would stop a run that is well; use 1 to "):
         SkippedUpdates(most)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, Poison(to_nan, {POISONED}))
+    code = block_of("docs/when-it-goes-wrong.md", "python", "not_finite")
+    name = next(word for word in code.split('"') if word.endswith(".pt"))
+    capsys.readouterr()
+    exec(code.replace(name, str(tmp_path / "skipped_updates/step-3-skipped-1-rank-0.pt")), {})
+    text = ChainTask({"1-3": 1.0}, size=24).rows()[POISONED]["prompt"]
+    assert capsys.readouterr().out.splitlines()[1] == str([text])
