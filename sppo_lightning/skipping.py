@@ -177,8 +177,8 @@ class SkippedUpdates:
         raise InputError(
             f"{self.in_a_row} updates in a row were skipped, which ends the run where "
             f"`max_skipped_updates`={self.most_in_a_row}: {self._reason}, see {self._last_dump}; try a lower `lr`, "
-            "another `trainer.precision` (bf16-mixed, 32-true) or another model, and go on from the last good "
-            f"update with `--ckpt_path {file}`."
+            "another `trainer.precision` (bf16-mixed, 32-true) or another model, and go on with `--ckpt_path "
+            f"{file}`, which has the weights of the last good update, or with an earlier one."
         )
 
     def state_dict(self) -> dict[str, int]:

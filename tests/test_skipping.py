@@ -257,7 +257,7 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path: Path, devices
     for part in (
         "`max_skipped_updates`=4: policy/log_prob, policy/old_log_prob, policy/loss, policy/grad_norm are not finite",
         f"see {tmp_path}/skipped_updates/step-1-skipped-5-rank-0.pt",
-        f"--ckpt_path {tmp_path}/skipped-step=1.ckpt`.",
+        f"--ckpt_path {tmp_path}/skipped-step=1.ckpt`, which has the weights of the last good update",
     ):
         assert part in str(raised.value)
     found = torch.load(file, weights_only=True)
@@ -361,6 +361,20 @@ def test_supervised_learning_skips_too(tmp_path: Path, devices: int) -> None:
     assert differences(found["state_dict"], whole["state_dict"])
     [file] = (tmp_path / "broken/skipped_updates").iterdir()
     assert torch.load(file, weights_only=True)["rank"] == devices - 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_that_no_model_survives(tmp_path: Path) -> None:
+    """Nothing is made up here: weights overflow, and what is sampled from them is no number either."""
+    seed_everything(5, verbose=False)
+    data = PromptDataModule(train=ChainTask({"1-3": 1.0}, size=24), batch_size=8)
+    trainer = make_trainer(
+        RolloutGeneration(Sampling(max_new_tokens=4)), Parity(), limit_val_batches=0, default_root_dir=tmp_path
+    )
+    with pytest.raises(InputError, match="^5 updates in a row were skipped"):
+        trainer.fit(make_chain_sppo(1e30), data)
+    weights = torch.load(tmp_path / "skipped-step=1.ckpt", weights_only=True)["state_dict"]
+    assert all(weight.isfinite().all() for weight in weights.values())  # of the only update
 
 
 @pytest.mark.filterwarnings("ignore")
