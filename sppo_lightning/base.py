@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import rich
 import torch
@@ -25,6 +25,7 @@ from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.phases import Watch, phase
 from sppo_lightning.pipeline import check_requirements
+from sppo_lightning.skipping import Attempt, SkippedUpdates
 
 _REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
     "gradient_clip_val": "max_grad_norm` of `model.policy_optimizer` and `model.critic_optimizer",
@@ -41,10 +42,12 @@ class PolicyModule(LightningModule):
     automatic_optimization = False
     micro_batch_tokens: int  # token budget of one forward and backward on one rank, padding included
     needs_in_fit: frozenset[str] = frozenset()  # what the stages must provide for `training_step`
+    with_state: ClassVar[tuple[str, ...]] = ("skipped_updates",)  # saved, besides the modules
 
-    def __init__(self, policy: CausalLMPolicy) -> None:
+    def __init__(self, policy: CausalLMPolicy, max_skipped_updates: int | None = 5) -> None:
         super().__init__()
         self.policy = policy
+        self.skipped_updates = SkippedUpdates(max_skipped_updates)
         self.evaluation = Evaluation()
         self._watch: Watch | None = None
         self.phase_seconds: dict[str, float] = {}
@@ -111,18 +114,23 @@ class PolicyModule(LightningModule):
         largest = torch.tensor(list(peaks.values()), device=self.device)
         largest = self.trainer.strategy.reduce(largest, reduce_op="max")
         self.log_dict({f"memory/{name}": value for name, value in zip(peaks, largest.tolist(), strict=True)})
-        self.last_phase_seconds, self.phase_seconds = seconds, {}
+        self.log("update/skipped", float(self.skipped_updates.lately))
+        self.last_phase_seconds, self.phase_seconds, self.skipped_updates.lately = seconds, {}, 0
 
-    def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]]) -> dict[str, Tensor]:
-        """Clip each module's gradient, take one step, advance the schedule; the norms before clipping.
+    def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]], attempt: Attempt) -> bool:
+        """Clip each module's gradient, take one step, advance the schedule; count the norms before clipping.
 
-        A parameter group that is not among `modules` stays as it is.
+        A parameter group that is not among `modules` stays as it is. Where a number of the attempt or a norm is not
+        finite, on any rank, all stays as it is, and the answer is False.
         """
         norms = {
             name: whole(nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm))
             for name, (module, settings) in modules.items()
         }
         optimizer: Any = self.optimizers()
+        if not self.skipped_updates.lets_through(attempt, norms, self.trainer):
+            optimizer.zero_grad()
+            return False
         for group in optimizer.param_groups:
             if group["name"] not in modules:
                 for parameter in group["params"]:
@@ -131,7 +139,9 @@ class PolicyModule(LightningModule):
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        return norms
+        for name, norm in norms.items():
+            attempt.add(f"{name}/grad_norm", norm)
+        return True
 
     def in_step(self, *groupings: Sequence[list[int]]) -> Iterator[tuple[list[MicroRows], float, bool]]:
         """One backward (or forward) after the other, as many on every rank, for collectives to meet.
@@ -159,6 +169,23 @@ class PolicyModule(LightningModule):
         quiet = not last and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if quiet else nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss * self.trainer.world_size)
+
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        """Stop here, where a checkpoint resumes exactly, if too many updates in a row were skipped."""
+        self.skipped_updates.stop_if_too_many(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what decides the future and is no tensor of a module."""
+        for name in self.with_state:
+            state = None if getattr(self, name) is None else getattr(self, name).state_dict()
+            if state:
+                checkpoint[name] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        for name in self.with_state:
+            if getattr(self, name) is not None and name in checkpoint:
+                getattr(self, name).load_state_dict(checkpoint[name])
 
     def foreseeing(self, batch: PromptBatch) -> AbstractContextManager[None]:
         """Surrounds the sampling of the batch's responses, for what can be worked out meanwhile."""

@@ -14,6 +14,7 @@ from tiny_config import write_files
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import (
     CodeVerifier,
+    CollapseMonitor,
     ExactMatch,
     FormatVerifier,
     HackingMonitor,
@@ -22,6 +23,7 @@ from sppo_lightning.callbacks import (
     StepQuality,
 )
 from sppo_lightning.cli import command_line
+from sppo_lightning.collapse import CollapseLimits
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +118,18 @@ def test_the_pages_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert check.name == "strict"
     assert monitor.limits == Limits(spam_growth=None)
     assert monitor.stop_on_alarm
+
+
+def test_the_pages_collapse_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    page = "docs/when-it-goes-wrong.md"
+    monitor = only(CollapseMonitor, callbacks_built("CollapseMonitor", monkeypatch, tmp_path, page=page))
+    assert monitor.collapse.limits == CollapseLimits(length_growth=None)
+    windows = {metric: series.window for metric, series in monitor.collapse.series.items()}
+    default = {metric: series.window for metric, series in CollapseMonitor().collapse.series.items()}
+    assert windows == default
+    assert (windows["reward/mean"], windows["critic/brier_skill"], windows["policy/entropy"]) == (5, 50, 10)
+    rows = re.findall(r"`(\w+)`[^|]* \| ([0-9.]+) \|$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    assert {name: float(value) for name, value in rows} == vars(CollapseLimits())
 
 
 def test_the_pages_hidden_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
