@@ -1,6 +1,7 @@
 """The pipeline's stages and everything a user adds to it."""
 
 from sppo_lightning.callbacks.code_verifier import CodeVerifier
+from sppo_lightning.callbacks.completion_log import CompletionLog
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
@@ -24,6 +25,7 @@ from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
     "CodeVerifier",
+    "CompletionLog",
     "CompletionWriter",
     "CriticCalibration",
     "DynamicSampling",

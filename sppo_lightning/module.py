@@ -100,7 +100,7 @@ class SPPOModule(ActorCritic):
         self.recompute_old_log_probs = recompute_old_log_probs
         check_combination(self)
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Experience]:
         """One iteration of SPPO: every prompt's response is one action; a mini-batch is one update."""
         start, meter = time.perf_counter(), Meter()
         rollouts = batch.rollouts
@@ -136,6 +136,7 @@ class SPPOModule(ActorCritic):
                 meter.add(f"{name}/grad_norm", norm)
         self.report(meter, experience, self.remember(outcomes, experience))
         self.end_iteration(time.perf_counter() - start)
+        return {"experience": experience}  # which callbacks get as the `outputs` of `on_train_batch_end`
 
     # ------------------------------------------------------------------ what advantages are made of
 
@@ -204,8 +205,7 @@ class SPPOModule(ActorCritic):
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
         lengths = rollouts.lengths
-        groups = self.policy_groups([lengths[row] for row in rows])
-        return [[rows[i] for i in group] for group in groups]
+        return [[rows[i] for i in group] for group in self.policy_groups([lengths[row] for row in rows])]
 
     def global_counts(self, update: Experience, replayed: Replayed | None) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict, and the weights of what is replayed, over all ranks."""
