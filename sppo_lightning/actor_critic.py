@@ -191,6 +191,7 @@ class ActorCritic(PolicyModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what decides the future and is no tensor of a module."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["reference_version"] = self.reference_version
         for name in self.with_state:
             state = None if getattr(self, name) is None else getattr(self, name).state_dict()
@@ -199,6 +200,7 @@ class ActorCritic(PolicyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
+        super().on_load_checkpoint(checkpoint)
         self.reference_version = checkpoint.get("reference_version", 0)
         for name in self.with_state:
             if getattr(self, name) is not None and name in checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import rich
@@ -21,6 +22,7 @@ from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import check_requirements
+from sppo_lightning.record import RunRecord
 
 _REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
     "gradient_clip_val": "max_grad_norm` of `model.policy_optimizer` and `model.critic_optimizer",
@@ -42,6 +44,8 @@ class PolicyModule(LightningModule):
         super().__init__()
         self.policy = policy
         self.evaluation = Evaluation()
+        self.record = RunRecord()
+        self.run_config: str | None = None  # the whole config as YAML, where the command line runs it
         self.phase_seconds: dict[str, float] = {}
         self.last_phase_seconds: dict[str, float] = {"rollout": 0.0, "verify": 0.0, "update": 0.0}
 
@@ -62,6 +66,8 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the stages provide what this stage of the run needs."""
+        if stage == "fit":
+            self.record.describe(self.trainer)
         needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
         if stage == "predict":
             needs = frozenset({"rollouts"})
@@ -72,8 +78,9 @@ class PolicyModule(LightningModule):
         """Load the weights; called by Lightning on every rank before checkpoints are restored."""
         self.policy.build()
 
-    def end_iteration(self, update_seconds: float) -> None:
-        """Log the phases' seconds, which start anew, and the peaks of memory, of the rank that needs most."""
+    def end_iteration(self, samples: int, update_seconds: float) -> None:
+        """Count what this rank has learned from; log phases, which start anew, and the largest peaks of memory."""
+        self.record.count(self.trainer, samples)
         seconds = {"rollout": 0.0, "verify": 0.0, **self.phase_seconds, "update": update_seconds}
         total = max(sum(seconds.values()), 1e-9)
         self.log_dict({f"time/{phase}": value for phase, value in seconds.items()})
@@ -149,6 +156,16 @@ class PolicyModule(LightningModule):
         if batch.greedy_rollouts is not None:
             self.evaluation.update(dataloader_idx, batch.greedy_rollouts, values, greedy=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the run has come to, and its config, as plain text and numbers."""
+        checkpoint["record"] = asdict(self.record)
+        if self.run_config is not None:
+            checkpoint["config"] = self.run_config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.record.resume(RunRecord(**checkpoint.get("record", {})))
+
     def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the batch's scored responses."""
         self._evaluate(batch, dataloader_idx)
@@ -180,6 +197,8 @@ class PolicyModule(LightningModule):
         metrics = self.evaluation.report(names)
         self.evaluation.reset()
         self.phase_seconds = {}
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.record.validation = metrics
         self.log_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()})
         if self.trainer.state.fn != TrainerFn.FITTING and self.trainer.is_global_zero and metrics:
             rich.get_console().print(metric_table(metrics, "Test" if self.trainer.testing else "Validation"))

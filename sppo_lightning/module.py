@@ -135,7 +135,7 @@ class SPPOModule(ActorCritic):
             for name, norm in self.step_optimizer(self.moving_modules()).items():
                 meter.add(f"{name}/grad_norm", norm)
         self.report(meter, experience, self.remember(outcomes, experience))
-        self.end_iteration(time.perf_counter() - start)
+        self.end_iteration(len(experience), time.perf_counter() - start)
         return {"experience": experience}  # which callbacks get as the `outputs` of `on_train_batch_end`
 
     # ------------------------------------------------------------------ what advantages are made of

@@ -55,7 +55,7 @@ class SFTModule(PolicyModule):
             meter.add("policy/entropy", entropy[mask].mean(), mask.sum())
         meter.add("policy/grad_norm", self.step_optimizer(self.trained_modules())["policy"])
         self.log_dict(meter.means(self.trainer.strategy), prog_bar=True)
-        self.end_iteration(time.perf_counter() - start)
+        self.end_iteration(len(examples), time.perf_counter() - start)
 
     def demonstrations(self, batch: PromptBatch) -> Rollouts:
         """The batch's demonstrations as responses, each closed by the end-of-sequence token."""
