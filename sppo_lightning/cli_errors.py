@@ -181,9 +181,8 @@ def _required(problem: _Problem, parser: ArgumentParser, names: str) -> str:
     if class_path:
         what = f"{class_path}{_in(outer)} needs {' and '.join(wanted)}"
         return f"{what}, which {'are' if several else 'is'} not set; add {'them' if several else 'it'}."
-    way_out = (
-        "name a config with `--config`" if {"`data`", "`model`"} & {*wanted} else "see --help for what there is"
-    )
+    config = {"`data`", "`model`"} & {*wanted}
+    way_out = "name a config with `--config`" if config else "see --help for what there is"
     return f"{' and '.join(wanted)} {'are' if several else 'is'} not set; {way_out}."
 
 

@@ -35,9 +35,9 @@ def export_checkpoint(
     Args:
         ckpt: The checkpoint, a file that ModelCheckpoint wrote.
         to: Folder of the policy; the critic, where there is one, goes to its subfolder `critic`.
-        adapters: What becomes of LoRA adapters: `merged` into a whole model, `alone` in a folder for peft, or `both`,
-            those alone in the subfolder `adapter`.
-        config: The run's config files, where the checkpoint holds no config or another than the one that is meant.
+        adapters: What becomes of LoRA adapters: `merged` into a whole model, `alone` in a folder for peft, or
+            `both`, those alone in the subfolder `adapter`.
+        config: The run's config files, for a checkpoint that holds no config or the wrong one.
         overwrite: Write into a folder that is not empty.
         trust_remote_code: Run Python code that comes with the models, where the run did so.
     """

@@ -1,4 +1,4 @@
-"""The parser of the command line: jsonargparse's, with refusals in one sentence and without secrets in what it writes."""
+"""The parser of the command line: jsonargparse's, which refuses in one sentence and writes no secrets."""
 
 from __future__ import annotations
 

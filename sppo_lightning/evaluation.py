@@ -220,7 +220,7 @@ def majority_reward(answers: Tensor, rewards: Tensor) -> float:
 
 
 def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
-    """The metrics `val/<data set>/<kind>` as text: headings, and a row per kind, a column per data set, "all" last."""
+    """The metrics `val/<data set>/<kind>` as text: headings, then a row per kind; a column per set, "all" last."""
     cells = {tuple(name.split("/", 1)[1].rsplit("/", 1)): value for name, value in metrics.items()}
     names = sorted(dict.fromkeys(name for name, _ in cells), key=lambda name: name == "all")
     rows = [["metric", *names]]

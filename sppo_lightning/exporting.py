@@ -15,7 +15,7 @@ Adapters = Literal["both", "merged", "alone"]  # what becomes of adapters: a who
 
 
 def export(module: Any, path: Path, adapters: Adapters = "both") -> None:
-    """Write the policy of a `PolicyModule` to `path`, and the critic, where there is one, to its subfolder `critic`.
+    """Write the policy of a `PolicyModule` to `path`, and the critic, if there is one, to its subfolder `critic`.
 
     Each folder holds safetensors, tokenizer with chat template, and a model card, the policy's the generation
     config too. Models without adapters are written whole, whatever `adapters` says.

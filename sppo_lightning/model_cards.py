@@ -59,12 +59,12 @@ from transformers import {auto}
 base = {auto}.from_pretrained("{base}"{labels})
 model = PeftModel.from_pretrained(base, "FOLDER")"""
 _CRITIC = {
-    "prompt": """How solvable is this prompt for the policy that was trained beside this critic? The score of the label
-`solvable` is the chance, from 0 to 1, that the policy's response earns the reward. It is predicted from the prompt
-alone, before any response, and it is about that policy, that sampling and that reward. The text is the prompt as the
-critic read it in training: where this tokenizer has a chat template, what the template makes of the turns.""",
-    "token": """The critic of token-level PPO: at each position the value of what has been written so far, of which a
-classifier shows the last, in the logits. Its text is the policy's: prompt and response, template applied.""",
+    "prompt": """How solvable is this prompt for the policy that was trained beside this critic? The score of the
+label `solvable` is the chance, from 0 to 1, that the policy's response earns the reward. It is predicted from the
+prompt alone, before any response, and it is about that policy, that sampling and that reward. The text is what the
+critic read: the prompt, or, where this tokenizer has a chat template, what that makes of the turns.""",
+    "token": """The critic of token-level PPO: at each position the value of what has been written so far, of which
+a classifier shows the last, in the logits. Its text is the policy's: prompt and response, template applied.""",
 }
 _USE_CRITIC = """from transformers import pipeline
 
@@ -154,9 +154,8 @@ def _settings(module: Any) -> dict[str, str]:
     found: dict[str, Any] = {"module": type(module).__name__}
     for name in ("advantage", "objective", "critic_objective"):
         if part := getattr(module, name, None):
-            found[name] = (
-                f"{type(part).__name__}: {(inspect.getdoc(type(part)) or 'a class of its own').splitlines()[0]}"
-            )
+            first_line = (inspect.getdoc(type(part)) or "a class of its own").splitlines()[0]
+            found[name] = f"{type(part).__name__}: {first_line}"
     for name in ("policy_optimizer", "critic_optimizer", "optimizer"):
         if rates := getattr(module, name, None):
             found[name] = f"learning rate {rates.lr:g}, weight decay {rates.weight_decay:g}"
@@ -168,7 +167,7 @@ def _settings(module: Any) -> dict[str, str]:
     for name in ("lr_schedule", "mini_batch_size", "kl_coef"):
         if getattr(module, name, None) is not None:
             found[name] = getattr(module, name)
-    sampled = module.record.sampling
-    found["sampling in validation"] = ", ".join(f"{name} {value}" for name, value in sampled.items() if value)
+    if sampled := module.record.sampling:
+        found["sampling in validation"] = ", ".join(f"{name} {value}" for name, value in sampled.items() if value)
     found |= {name: repr(text) for name, text in module.record.prompts.items()}
     return {name: str(value).replace("|", "\\|") for name, value in found.items()}
