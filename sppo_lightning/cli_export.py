@@ -75,7 +75,7 @@ def module_of(text: str, setting: str) -> PolicyModule:
     try:
         parsed = parser.parse_object({"model": config["model"] if isinstance(config, Mapping) else None})
     except (ArgumentError, KeyError) as error:
-        reason = sentence(str(error), parser) if isinstance(error, ArgumentError) else "There is no `model` in it."
+        reason = sentence(str(error), parser) if isinstance(error, ArgumentError) else "there is no `model` in it."
         raise InputError(f"The config of `{setting}` makes no model: {reason}") from error
     module = parser.instantiate_classes(parsed).model
     if not isinstance(module, PolicyModule):
