@@ -85,10 +85,10 @@ def module_of(text: str, setting: str) -> PolicyModule:
 
 def _read(path: Path) -> dict[str, Any]:
     check_exists(path, "--ckpt")
-    if path.is_dir():
+    if path.is_dir():  # whose index is a pickle, which is not for an export to run
         raise InputError(
             f"`--ckpt`={path} is a sharded checkpoint; make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}."
+            f"python -m lightning.fabric.utilities.consolidate_checkpoint {path}."
         )
     try:
         checkpoint = read_checkpoint(path, "cpu")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel
@@ -205,6 +207,19 @@ def test_a_checkpoint_whose_model_would_run_code(refused: Callable[..., str]):
     main(["export", "--ckpt=trusting.ckpt", "--to=out", "--trust_remote_code=true"])
 
 
+def test_a_sharded_checkpoint_after_the_command_that_the_refusal_names(refused: Callable[..., str]):
+    fit()
+    checkpoint = torch.load("kept/last.ckpt", weights_only=True)
+    dcp.save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id="sharded", no_dist=True)
+    del checkpoint["optimizer_states"]
+    torch.save(checkpoint, "sharded/meta.pt")
+    [*_, module, folder] = refused("--ckpt=sharded", "--to=out").rstrip(".").split()
+    subprocess.run([sys.executable, "-m", module, folder], check=True, capture_output=True)
+    main(["export", "--ckpt=sharded.consolidated", "--to=out"])
+    main(["export", "--ckpt=kept/last.ckpt", "--to=expected"])
+    assert contents("out") == contents("expected")
+
+
 class Foreign(LightningModule):
     """Has no policy."""
 
@@ -214,7 +229,7 @@ REFUSED = {
     "kept": "`--ckpt`=kept is a folder, not a checkpoint; the newest in it is kept/last.ckpt.",
     "text.ckpt": "`--ckpt`=text.ckpt is not a checkpoint of a run; give a file that ModelCheckpoint wrote.",
     "sharded": "`--ckpt`=sharded is a sharded checkpoint; make one file of it first: python -m "
-    "lightning.pytorch.utilities.consolidate_checkpoint sharded.",
+    "lightning.fabric.utilities.consolidate_checkpoint sharded.",
     "python.ckpt": "`--ckpt`=python.ckpt holds no config, as none of a run from Python does; add `--config`.",
     "foreign.ckpt": "The model of `--ckpt` is a Foreign, which has no policy to export.",
     "gone.ckpt": "The config of `--ckpt` makes no model: `class_path`=my_modules.Mine (in `model`) does not exist; check its module and name.",
