@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from sppo_lightning.data.sources import is_hub_id
+from sppo_lightning.engines import Sampling
 
 
 @dataclass
@@ -26,8 +27,9 @@ class RunRecord:
         """Note what the run learns from, and how it is validated."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
-            if hasattr(callback, "sampling"):
-                self.sampling = dataclasses.asdict(callback.validation)
+            sampling = getattr(callback, "validation", None) or getattr(callback, "sampling", None)
+            if isinstance(sampling, Sampling):
+                self.sampling = dataclasses.asdict(sampling)
         data = getattr(trainer, "datamodule", None)
         texts = {name: getattr(data, name, None) for name in ("system_prompt", "suffix")}
         self.prompts = {name: text for name, text in texts.items() if isinstance(text, str)}
