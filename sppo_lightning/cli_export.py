@@ -42,7 +42,7 @@ def export_checkpoint(
         trust_remote_code: Run Python code that comes with the models, where the run did so.
     """
     path, folder = Path(ckpt).expanduser(), Path(to).expanduser()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"`--to`={to} is not an empty folder; give a new one, or set `--overwrite=true`.")
     checkpoint = _read(path)
     text = config or checkpoint.get("config")
@@ -59,7 +59,10 @@ def export_checkpoint(
         owner.build()
         _load(owner, name, checkpoint["state_dict"], path)
     module.record = RunRecord(**checkpoint.get("record", {"updates": checkpoint["global_step"]}))
-    export(module, folder, adapters)
+    try:
+        export(module, folder, adapters)
+    except OSError as error:
+        raise InputError(f"`--to`={to} cannot be written ({error}); give a folder that can.") from error
     rank_zero_info(f"Saved the model of {path} to {folder}")
 
 

@@ -260,6 +260,9 @@ def test_a_folder_that_is_taken(refused: Callable[..., str]):
         "`--to`=out is not an empty folder; give a new one, or set `--overwrite=true`."
     )
     assert os.listdir("out") == ["notes.txt"]
+    assert refused("--ckpt=kept/last.ckpt", "--to=out/notes.txt").startswith(
+        "`--to`=out/notes.txt cannot be written ([Errno 17] File exists"
+    )
     main(["export", "--ckpt=kept/last.ckpt", "--to=out", "--overwrite=true"])
     assert Path("out/notes.txt").read_text() == "mine"
     assert Path("out/model.safetensors").is_file()
