@@ -48,6 +48,7 @@ def _alone(owner: Any, adapters: Adapters) -> bool:
 
 
 def _save(owner: Any, path: Path, adapters: Adapters) -> None:
+    path.mkdir(parents=True, exist_ok=True)  # transformers passes over a path that is a file
     if owner.lora is None:
         owner.model.save_pretrained(path)
     else:
