@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import rich
@@ -25,6 +26,7 @@ from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.phases import Watch, phase
 from sppo_lightning.pipeline import check_requirements
+from sppo_lightning.record import RunRecord
 from sppo_lightning.skipping import Attempt, SkippedUpdates
 
 _REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
@@ -50,6 +52,8 @@ class PolicyModule(LightningModule):
         self.skipped_updates = SkippedUpdates(max_skipped_updates)
         self.evaluation = Evaluation()
         self._watch: Watch | None = None
+        self.record = RunRecord()
+        self.run_config: str | None = None  # the whole config as YAML, where the command line runs it
         self.phase_seconds: dict[str, float] = {}
         self.last_phase_seconds: dict[str, float] = {"rollout": 0.0, "verify": 0.0, "update": 0.0}
 
@@ -72,6 +76,8 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the stages provide what this stage of the run needs."""
+        if stage == "fit":
+            self.record.describe(self.trainer)
         needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
         if stage == "predict":
             needs = frozenset({"rollouts"})
@@ -104,8 +110,9 @@ class PolicyModule(LightningModule):
         """Those with weights of their own, each of which is sharded by itself."""
         return [self.policy]
 
-    def end_iteration(self, update_seconds: float) -> None:
-        """Log the phases' seconds, which start anew, and the peaks of memory, of the rank that needs most."""
+    def end_iteration(self, samples: int, update_seconds: float) -> None:
+        """Count what this rank has learned from; log phases, which start anew, and the largest peaks of memory."""
+        self.record.count(self.trainer, samples)
         seconds = {"rollout": 0.0, "verify": 0.0, **self.phase_seconds, "update": update_seconds}
         total = max(sum(seconds.values()), 1e-9)
         self.log_dict({f"time/{phase}": value for phase, value in seconds.items()})
@@ -175,7 +182,10 @@ class PolicyModule(LightningModule):
         self.skipped_updates.stop_if_too_many(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what decides the future and is no tensor of a module."""
+        """Save what decides the future and is no tensor of a module, and what the run is and has come to."""
+        checkpoint["record"] = asdict(self.record)
+        if self.run_config is not None:
+            checkpoint["config"] = self.run_config
         for name in self.with_state:
             state = None if getattr(self, name) is None else getattr(self, name).state_dict()
             if state:
@@ -183,6 +193,7 @@ class PolicyModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
+        self.record.resume(RunRecord(**checkpoint.get("record", {})))
         for name in self.with_state:
             if getattr(self, name) is not None and name in checkpoint:
                 getattr(self, name).load_state_dict(checkpoint[name])
@@ -238,6 +249,8 @@ class PolicyModule(LightningModule):
         metrics = self.evaluation.report(names)
         self.evaluation.reset()
         self.phase_seconds = {}
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.record.validation = metrics
         self.log_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()})
         if self.trainer.state.fn != TrainerFn.FITTING and self.trainer.is_global_zero and metrics:
             rich.get_console().print(metric_table(metrics, "Test" if self.trainer.testing else "Validation"))

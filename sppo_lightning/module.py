@@ -107,7 +107,7 @@ class SPPOModule(ActorCritic):
         check_combination(self)
 
     @phase("`update`")
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Experience]:
         """One iteration of SPPO: every prompt's response is one action; a mini-batch is one update."""
         start, meter, learned = time.perf_counter(), Meter(), list[int]()
         rollouts = batch.rollouts
@@ -145,9 +145,10 @@ class SPPOModule(ActorCritic):
             elif self.skipped_updates.are_too_many:
                 break
         # what was skipped teaches nothing that outlives the iteration either
-        outcomes, experience = teaching(outcomes, learned), teaching(experience, learned)
-        report(self, meter, experience, self.remember(outcomes, experience))
-        self.end_iteration(time.perf_counter() - start)
+        taught = teaching(outcomes, learned), teaching(experience, learned)
+        report(self, meter, taught[1], self.remember(*taught))
+        self.end_iteration(len(experience), time.perf_counter() - start)
+        return {"experience": experience}  # which callbacks get as the `outputs` of `on_train_batch_end`
 
     # ------------------------------------------------------------------ what advantages are made of
 
@@ -217,8 +218,7 @@ class SPPOModule(ActorCritic):
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
         lengths = rollouts.lengths
-        groups = self.policy_groups([lengths[row] for row in rows])
-        return [[rows[i] for i in group] for group in groups]
+        return [[rows[i] for i in group] for group in self.policy_groups([lengths[row] for row in rows])]
 
     def global_counts(self, update: Experience, replayed: Replayed | None) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict, and the weights of what is replayed, over all ranks."""

@@ -62,7 +62,7 @@ class SFTModule(PolicyModule):
             attempt.add("policy/entropy", entropy[mask].mean(), mask.sum())
         if self.step_optimizer(self.trained_modules(), attempt):  # unless a number is not finite
             self.log_dict(attempt.means(self.trainer.strategy), prog_bar=True)
-        self.end_iteration(time.perf_counter() - start)
+        self.end_iteration(len(examples), time.perf_counter() - start)
 
     def demonstrations(self, batch: PromptBatch) -> Rollouts:
         """The batch's demonstrations as responses, each closed by the end-of-sequence token."""

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chain_run import Parity
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from test_ddp import Parity
 from tiny import CHAIN_WORDS, TinyCritic, make_chain_sppo, make_trainer
 from torch import Tensor
 

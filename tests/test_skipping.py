@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from chain_run import Parity
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from poisoned import (
@@ -20,7 +21,6 @@ from poisoned import (
     to_infinity_before,
     to_nan,
 )
-from test_ddp import Parity
 from test_docs import block_of
 from tiny import make_chain_policy, make_chain_sppo, make_trainer
 
