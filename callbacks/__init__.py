@@ -2,6 +2,8 @@
 
 from sppo_lightning.callbacks.checkpoint import Checkpoint
 from sppo_lightning.callbacks.code_verifier import CodeVerifier
+from sppo_lightning.callbacks.collapse_monitor import CollapseMonitor
+from sppo_lightning.callbacks.completion_log import CompletionLog
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
@@ -26,6 +28,8 @@ from sppo_lightning.callbacks.verifier import Verifier
 __all__ = [
     "Checkpoint",
     "CodeVerifier",
+    "CollapseMonitor",
+    "CompletionLog",
     "CompletionWriter",
     "CriticCalibration",
     "DynamicSampling",

@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.batching import micro_batches
@@ -23,6 +22,7 @@ from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.memory import Gauge
+from sppo_lightning.models.sharding import local
 from sppo_lightning.module import SPPOModule
 from sppo_lightning.ranks import gather_objects
 
@@ -113,8 +113,9 @@ class MemoryPlan(Callback):
         # responses to one prompt share its prefill, so that it is quick to fill the cache
         alone = PromptBatch(batch.prompts[:1], [prompt], [0])
 
+        engine.update_weights(module.policy, module.trainer.global_step)  # a copy of a sharded policy stays
+
         def sample(rows: int) -> None:
-            engine.update_weights(module.policy, module.trainer.global_step)
             for _ in engine.stream(alone, Sampling(max_new_tokens=few, samples_per_prompt=rows)):
                 pass
 
@@ -255,8 +256,7 @@ def _kept(module: Any) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+    return sum(part.numel() * part.element_size() for part in map(local, tensors))
 
 
 def _needed(plan: dict[str, int]) -> int:

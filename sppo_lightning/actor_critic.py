@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sppo_lightning.base import PolicyModule
-from sppo_lightning.batch import PromptBatch
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.batching import micro_batches
 from sppo_lightning.experience import Experience, Replayed
 from sppo_lightning.models import CausalLMPolicy, Critic
+from sppo_lightning.models.sharding import is_sharded
 from sppo_lightning.objectives import ValueLoss
 from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
 from sppo_lightning.replay import CriticReplay
@@ -27,7 +27,7 @@ from sppo_lightning.warmup import CriticWarmup
 class ActorCritic(PolicyModule):
     """Builds, optimizes and checkpoints policy, critic and reference; `SPPOModule` says what they learn."""
 
-    with_state: ClassVar[tuple[str, ...]] = ("critic_warmup", "critic_replay")  # saved, besides the modules
+    with_state = (*PolicyModule.with_state, "critic_warmup", "critic_replay")
 
     def __init__(
         self,
@@ -40,8 +40,9 @@ class ActorCritic(PolicyModule):
         critic_optimizer: GroupOptimizer,
         lr_schedule: Schedule,
         micro_batch_tokens: int,
+        max_skipped_updates: int | None,
     ) -> None:
-        super().__init__(policy)
+        super().__init__(policy, max_skipped_updates)
         self.critic = critic
         self.critic_objective = critic_objective
         self.critic_warmup = critic_warmup
@@ -52,6 +53,7 @@ class ActorCritic(PolicyModule):
         self.critic_optimizer = critic_optimizer
         self.lr_schedule = lr_schedule
         self.micro_batch_tokens = micro_batch_tokens
+        self.last_figures: dict[str, Any] = {}  # what the last iteration logged, without what only older ones did
 
     @property
     def needs_reference(self) -> bool:
@@ -59,14 +61,19 @@ class ActorCritic(PolicyModule):
         callbacks: list[Any] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         return any(getattr(callback, "needs_reference", False) for callback in callbacks)
 
-    def configure_model(self) -> None:
+    def build_models(self) -> None:
         """Load policy and critic, and the policy's own reference if something uses it."""
-        super().configure_model()
+        super().build_models()
         if self.critic is not None:
             self.critic.build()
             self.critic.check_policy(self.policy)
         if self.reference is None and self.needs_reference:
             self.reference = self.policy.as_reference()
+
+    def models(self) -> list[nn.Module]:
+        """Policy, critic and a reference with weights of its own."""
+        there = [model for model in (self.policy, self.critic, self.reference) if model is not None]
+        return [model for model in there if next(model.parameters(), None) is not None]
 
     def trained_modules(self) -> dict[str, tuple[nn.Module, GroupOptimizer]]:
         """What is trained, by metric name, with its optimizer settings."""
@@ -105,15 +112,23 @@ class ActorCritic(PolicyModule):
         if batch.value_logits is not None:
             return batch.value_logits
         critic, prompts, ids = self.critic, batch.prompts, batch.token_ids
+        if not prompts:
+            if not is_sharded(critic):
+                return torch.zeros(0, device=self.device)
+            # other ranks cannot ask without this one
+            end = self.policy.tokenizer.eos_token_id
+            prompts, ids = [Prompt(str(self.policy.tokenizer.eos_token), "", "", 0)], [[end]]
         lengths = critic.prompt_lengths(prompts, ids)
-        return self._ask(
+        answers = self._ask(
             lengths, lambda rows: critic.prompt_outputs([prompts[i] for i in rows], [ids[i] for i in rows])
         )
+        return answers[: len(batch)]
 
     def _ask(self, lengths: Sequence[int], outputs: Callable[[list[int]], Tensor]) -> Tensor:
         """`outputs` of all rows, whose lengths are given in tokens, group by group within the token budget."""
         groups = micro_batches(lengths, self.micro_batch_tokens)
-        if self._critic_is_sharded:  # every forward gathers weights, so all ranks make as many
+        assert self.critic is not None
+        if is_sharded(self.critic):  # every forward gathers weights, so all ranks make as many
             groups = [rows.index for [rows], _, _ in self.in_step(groups)]
         first = outputs(groups[0])
         everything = first.new_empty(len(lengths), *first.shape[1:])
@@ -121,10 +136,6 @@ class ActorCritic(PolicyModule):
         for group in groups[1:]:
             everything[group] = outputs(group)
         return everything
-
-    @property
-    def _critic_is_sharded(self) -> bool:
-        return self.critic is not None and any(isinstance(p, DTensor) for p in self.critic.parameters())
 
     @contextmanager
     def foreseeing(self, batch: PromptBatch) -> Iterator[None]:
@@ -134,7 +145,7 @@ class ActorCritic(PolicyModule):
         would gather its weights in an order of its own.
         """
         batch.value_logits = None  # a batch may be used again, when the critic has learned
-        if self.critic is None or self.critic.reads != "prompt" or self._critic_is_sharded or not len(batch):
+        if self.critic is None or self.critic.reads != "prompt" or is_sharded(self.critic) or not len(batch):
             yield
             return
         settings = TorchSettings.here(self.device)
@@ -190,18 +201,11 @@ class ActorCritic(PolicyModule):
         self.reference_version = self.trainer.global_step if mix == 1 else -1
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what decides the future and is no tensor of a module."""
+        """Save the reference's version too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["reference_version"] = self.reference_version
-        for name in self.with_state:
-            state = None if getattr(self, name) is None else getattr(self, name).state_dict()
-            if state:
-                checkpoint[name] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         super().on_load_checkpoint(checkpoint)
         self.reference_version = checkpoint.get("reference_version", 0)
-        for name in self.with_state:
-            if getattr(self, name) is not None and name in checkpoint:
-                getattr(self, name).load_state_dict(checkpoint[name])

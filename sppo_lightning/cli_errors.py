@@ -181,7 +181,9 @@ def _required(problem: _Problem, parser: ArgumentParser, names: str) -> str:
     if class_path:
         what = f"{class_path}{_in(outer)} needs {' and '.join(wanted)}"
         return f"{what}, which {'are' if several else 'is'} not set; add {'them' if several else 'it'}."
-    return f"{' and '.join(wanted)} {'are' if several else 'is'} not set; name a config with `--config`."
+    config = {"`data`", "`model`"} & {*wanted}
+    way_out = "name a config with `--config`" if config else "see --help for what there is"
+    return f"{' and '.join(wanted)} {'are' if several else 'is'} not set; {way_out}."
 
 
 def _no_command(problem: _Problem, parser: ArgumentParser, commands: str) -> str:

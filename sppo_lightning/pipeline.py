@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.errors import InputError
+from sppo_lightning.phases import phase
 
 
 class Stage(Callback):
@@ -33,7 +34,8 @@ class Stage(Callback):
     def run(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """`process`, with its seconds counted under `phase`."""
         start = time.perf_counter()
-        self.process(batch, trainer, module)
+        with phase(f"`{self.phase}` ({type(self).__name__})"):
+            self.process(batch, trainer, module)
         if self.phase:
             seconds: dict[str, float] = module.phase_seconds  # type: ignore[assignment]
             seconds[self.phase] = seconds.get(self.phase, 0.0) + time.perf_counter() - start

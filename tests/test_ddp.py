@@ -1,31 +1,19 @@
-"""One process or two: the same losses, weights and validation metrics."""
+"""One process or several: the same losses, weights and validation metrics."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chain_run import CLOSE, article, check_same, grpo, ppo, rloo, run
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import CHAIN_WORDS, TinyTokenCritic, make_chain_policy, make_chain_sppo, make_trainer
-from transformers import PreTrainedTokenizerBase
+from tiny import make_chain_policy, make_trainer
 
 from sppo_lightning import SFTModule
-from sppo_lightning.advantages import GAE, GroupAdvantage, LeaveOneOutAdvantage
-from sppo_lightning.batch import Prompt
-from sppo_lightning.callbacks import RolloutGeneration, Verifier
 from sppo_lightning.data import ChainTask, PromptDataModule, PromptSource
-from sppo_lightning.engines import Sampling
-from sppo_lightning.models.tiny import word_tokenizer
-from sppo_lightning.objectives import SequenceClipObjective
 from sppo_lightning.replay import CriticReplay
 from sppo_lightning.shrinkage import ShrunkSequenceAdvantage
-
-# Of weights. A key's bias has no gradient but rounding, which differs between CPUs, and AdamW divides it by its size:
-# a step is 1e-3 there.
-CLOSE = {"atol": 5e-6, "rtol": 0.0}
 
 
 class Given(PromptSource):
@@ -40,114 +28,19 @@ class Given(PromptSource):
         return self.given
 
 
-class ChainTokenCritic(TinyTokenCritic):
-    """Reads the words of the chain task."""
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return word_tokenizer(CHAIN_WORDS.split())
-
-
-class Parity(Verifier):
-    """A reward that depends on prompt and response; no verdict for the prompts in `silent` places."""
-
-    def __init__(self, silent: int = 0) -> None:
-        super().__init__()
-        self.silent = silent
-
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        return [
-            None if self.silent and prompt.row % self.silent else float((len(text.split()) + prompt.row) % 2)
-            for prompt, text in zip(prompts, responses, strict=True)
-        ]
-
-
-def run(
-    devices: int, silent: int = 0, folder: Path | None = None, max_steps: int = 4, **settings: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    seed_everything(5, verbose=False)
-    samples = settings.pop("samples", 1)
-    module = make_chain_sppo(1e-3, micro_batch_tokens=24, **settings)
-    data = PromptDataModule(
-        train=ChainTask({"1-3": 1.0}, size=24),
-        validation={"few": ChainTask({"1-3": 1.0}, size=3, split="validation")},
-        batch_size=8,
-        validation_batch_size=2,
-        shuffle=False,
-    )
-    strategy: dict[str, Any] = {"strategy": "ddp_fork"} if devices > 1 else {}
-    saved = [] if folder is None else [ModelCheckpoint(folder, f"{devices}", every_n_train_steps=max_steps)]
-    trainer = make_trainer(
-        RolloutGeneration(
-            Sampling(max_new_tokens=8, samples_per_prompt=samples),
-            validation=Sampling(max_new_tokens=8, samples_per_prompt=3),
-        ),
-        Parity(silent),
-        *saved,
-        devices=devices,
-        max_steps=max_steps,
-        max_epochs=-1,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=1,
-        enable_checkpointing=bool(saved),
-        **strategy,
-    )
-    seed_everything(5, verbose=False)
-    module.configure_model()  # before the fork, so that this process has the weights to receive the result
-    trainer.fit(module, data)
-    return module.state_dict(), {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("silent", [0, 2], ids=["all judged", "one rank without verdicts"])
-def test_two_processes_do_what_one_does(silent: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "silent"), [(2, 0), (2, 2), (4, 0)], ids=["two", "two, one without verdicts", "four"]
+)
+def test_many_processes_do_what_one_does(ranks: int, silent: int) -> None:
     # with `silent` = 2 only even rows have a verdict, and interleaved ranks give all odd rows to the second
-    one, metrics = run(1, silent)
-    two, same = run(2, silent)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
-    groups = ("policy", "critic", "reward", "advantage", "val")
-    compared = [
-        n
-        for n in metrics
-        if n.split("/")[0] in groups or n in ("rollout/response_tokens_mean", "rollout/truncated_fraction")
-    ]
-    assert {"policy/loss", "critic/loss", "policy/grad_norm", "val/few/avg@3"} <= set(compared)
-    for name in compared:
-        assert same[name] == pytest.approx(metrics[name], abs=2e-6), name
-
-
-def grpo() -> dict[str, Any]:
-    """Four responses per prompt; KL in the loss, for which a reference is loaded."""
-    return {"critic": None, "advantage": GroupAdvantage(), "mini_batch_size": 16, "kl_coef": 0.1, "samples": 4}
-
-
-def rloo() -> dict[str, Any]:
-    """Four responses per prompt, KL in the reward."""
-    penalty = {"kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"}
-    return {"critic": None, "advantage": LeaveOneOutAdvantage(), "mini_batch_size": 16, "samples": 4, **penalty}
-
-
-def ppo() -> dict[str, Any]:
-    """Advantages per token, whitened over all ranks."""
-    return {"critic": ChainTokenCritic(), "advantage": GAE()}
-
-
-def article() -> dict[str, Any]:
-    """One ratio per response, against the reference."""
-    return {"objective": SequenceClipObjective(normalize="none", against="reference")}
+    check_same(run(1, silent), run(ranks, silent))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", [grpo, rloo, ppo, article])
 def test_every_family_does_on_two_processes_what_it_does_on_one(family: Callable[[], dict[str, Any]]) -> None:
-    (one, metrics), (two, same) = run(1, **family()), run(2, **family())
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
-    for name in metrics:
-        if name.split("/")[0] in ("policy", "critic", "reward", "advantage"):
-            assert same[name] == pytest.approx(metrics[name], abs=5e-6, nan_ok=True), name
+    check_same(run(1, **family()), run(2, **family()))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -192,10 +85,10 @@ class RecordingSFT(SFTModule):
         self.found[-1]["backwards"].append(last)
         super().accumulate(loss, last)
 
-    def step_optimizer(self, modules: Any) -> Any:
+    def step_optimizer(self, modules: Any, attempt: Any) -> Any:
         self.found[-1]["gradients"] = {name: p.grad.clone() for name, p in self.named_parameters()}
         torch.save(self.found, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
-        return super().step_optimizer(modules)
+        return super().step_optimizer(modules, attempt)
 
 
 def supervised(devices: int, folder: Path) -> tuple[list[list[dict[str, Any]]], float]:

@@ -12,8 +12,10 @@ from sppo_lightning.engines.decoding import Decoder
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling
 from sppo_lightning.engines.slots import refuse_other_caches
+from sppo_lightning.engines.whole_copy import WholeCopy
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.sharding import is_sharded
 
 
 class HFEngine(Engine):
@@ -46,11 +48,18 @@ class HFEngine(Engine):
         self.max_tokens = max_tokens
         self.prefill_tokens = prefill_tokens
         self.cuda_graphs = cuda_graphs
+        self._copy: WholeCopy | None = None  # of a sharded policy
 
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
-        """Keep a reference to the policy: the engine samples from the very weights that are trained."""
+        """Keep a reference to the policy: the engine samples from the very weights that are trained.
+
+        Where they are sharded it keeps a whole copy in the compute dtype, and this is a collective.
+        """
         if policy is not self.policy:
             refuse_other_caches(policy, "HFEngine")
+            self._copy = WholeCopy(policy) if is_sharded(policy) else None
+        if self._copy is not None:
+            self._copy.follow()
         self.policy, self.version = policy, version
 
     def rows(self, prompts: int, longest: int, sampling: Sampling) -> int:
@@ -66,12 +75,13 @@ class HFEngine(Engine):
             raise RuntimeError("HFEngine.stream was called before update_weights.")
         if not len(batch):
             return
+        policy = self.policy if self._copy is None else self._copy.policy
         samples = sampling.samples_per_prompt
         waiting = sorted(range(len(batch)), key=lambda i: len(batch.token_ids[i]))
         rows = self.rows(len(batch), len(batch.token_ids[waiting[-1]]), sampling)
-        decoder = Decoder(self.policy, batch, sampling, rows, self.version, self.cuda_graphs)
+        decoder = Decoder(policy, batch, sampling, rows, self.version, self.cuda_graphs)
         # compiled blocks would be compiled anew for each length of the cache
-        with decode_attention_in(self.policy.model), torch.compiler.set_stance("force_eager"):
+        with decode_attention_in(policy.model), torch.compiler.set_stance("force_eager"):
             while waiting or decoder.active is not None:
                 # a prefill of a few rows takes as long as a step of many, so it waits until it is worth it
                 if waiting and (decoder.active is None or decoder.free >= max(samples, rows // 8)):

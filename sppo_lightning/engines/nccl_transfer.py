@@ -128,6 +128,8 @@ def _source(policy: CausalLMPolicy) -> Any:
             return self.described
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return served_weights(policy, policy.device)
+            # a sharded policy's copy is in the machine's memory, and NCCL is between GPUs
+            gpu = torch.cuda.is_available()
+            return served_weights(policy, torch.device("cuda") if gpu else policy.device)
 
     return Weights()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,7 @@ from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling, choose, request_noise, run_seed
 from sppo_lightning.engines.slots import refuse_other_caches
 from sppo_lightning.engines.stop_strings import StopStrings
-from sppo_lightning.engines.weight_transfer import served_weights
+from sppo_lightning.engines.whole_copy import bring_up_to_date, model_like
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.models.loading import first_sentence
@@ -60,14 +59,11 @@ class PagedEngine(Engine):
         self._proven = False  # whether it has given a response
 
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
-        """Copy the weights, with adapters merged."""
+        """Copy the weights, with adapters merged; a collective where they are sharded."""
         if policy is not self.policy or self._model is None:
-            self._model, self._proven = _copy_of(policy), False
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, weight in served_weights(policy, policy.device):
-                if name in own:  # the head has a name of its own there, even where it is tied
-                    own[name].copy_(weight)
+            refuse_other_caches(policy, "PagedEngine")
+            self._model, self._proven = model_like(policy, policy.device), False
+        bring_up_to_date(self._model, policy)
         self.policy, self.version = policy, version
 
     def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
@@ -209,11 +205,3 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
         """Those of a response's tokens."""
         first = 1 + row * self.width
         return self.log_probs[first : first + tokens].tolist()
-
-
-def _copy_of(policy: CausalLMPolicy) -> Any:
-    """A model of the policy's architecture in the compute dtype, with weights that are not yet the policy's."""
-    refuse_other_caches(policy, "PagedEngine")
-    with torch.device(policy.device), isolate_rng():
-        model = type(policy.model)._from_config(copy.deepcopy(policy.model.config), dtype=policy.compute_dtype)
-    return model.eval().requires_grad_(False)

@@ -13,13 +13,15 @@ from typing import Any, ClassVar
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling, run_seed, seeded
+from sppo_lightning.engines.whole_copy import WholeCopy
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.quantized import quantized_names
+from sppo_lightning.models.sharding import is_sharded
 from sppo_lightning.torch_settings import TorchSettings
 
 
@@ -45,6 +47,7 @@ class ProcessEngine(Engine):
             )
         self.engine = engine
         self.threads = threads
+        self._copy: WholeCopy | None = None  # of a sharded or 4-bit policy, with the shared memory for weights
         self._weights: _SharedWeights | None = None
         self._process: Any = None
         self._connection: Connection | None = None
@@ -54,9 +57,16 @@ class ProcessEngine(Engine):
         if self._process is None:
             self._start()
         if policy is not self.policy or self._weights is None:
-            self._weights = _SharedWeights(policy)
+            self._copy = WholeCopy(policy) if is_sharded(policy) or quantized_names(policy) else None
+            self._weights = _SharedWeights(policy if self._copy is None else self._copy.policy)
+            if self._copy is not None:
+                self._weights.fill(self._copy.policy)
             self._send("policy", self._weights)
-        self._weights.copy_from(policy)
+        if self._copy is None:
+            self._weights.copy_from(policy)
+        else:
+            self._copy.follow()
+        self._weights.written()
         self.policy, self.version = policy, version
 
     def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
@@ -77,7 +87,7 @@ class ProcessEngine(Engine):
     def close(self) -> None:
         """End the process, whatever it does."""
         process, connection = self._process, self._connection
-        self._process = self._connection = self._weights = None
+        self._process = self._connection = self._weights = self._copy = None
         if process is not None:
             process.kill()  # first, for a thread that waits for its responses to see that there are none
             process.join()
@@ -160,11 +170,6 @@ class _SharedWeights:
 
     def __init__(self, policy: CausalLMPolicy) -> None:
         parameters = list(policy.parameters())
-        if any(isinstance(parameter, DTensor) for parameter in parameters):
-            raise InputError(
-                "`trainer.strategy` shards the policy, and a process of its own needs it whole; use `prefetch: 0`, "
-                "ddp, or a vLLM server."
-            )
         self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for key in {(p.dtype, p.device) for p in parameters}:
             size = sum(p.numel() for p in parameters if (p.dtype, p.device) == key)
@@ -189,13 +194,20 @@ class _SharedWeights:
         """The present weights of `policy`."""
         for view, parameter in zip(self.views(), policy.parameters(), strict=True):
             view.copy_(parameter)
+
+    def written(self) -> None:
+        """Wait until all is there: the other process does not know of this one's streams."""
         if any(device.type == "cuda" for _, device in self.flat):
-            torch.cuda.synchronize()  # the other process does not know of this one's streams
+            torch.cuda.synchronize()
+
+    def fill(self, policy: CausalLMPolicy) -> None:
+        """Make the shared memory the weights of `policy`."""
+        for parameter, view in zip(policy.parameters(), self.views(), strict=True):
+            parameter.data = view
 
     def filled(self) -> CausalLMPolicy:
         """The policy, with the shared memory as its weights; in the process that samples."""
-        for parameter, view in zip(self.policy.parameters(), self.views(), strict=True):
-            parameter.data = view
+        self.fill(self.policy)
         return self.policy
 
 

@@ -150,7 +150,7 @@ class VLLMEngine(Engine):
         if self._asleep:
             self._llm.wake_up()
             self._asleep, self._sent = False, None
-        weights = fingerprint(policy.model.parameters())
+        weights = fingerprint(policy)
         if weights == self._sent:
             return
         self._sent = None  # what it has when this fails is unknown

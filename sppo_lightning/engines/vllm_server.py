@@ -18,8 +18,10 @@ from sppo_lightning.engines.sampling import Sampling, run_seed
 from sppo_lightning.engines.stop_strings import StopStrings
 from sppo_lightning.engines.vllm_requests import check_answer, cut_at_stop, request_settings, seed_of
 from sppo_lightning.engines.weight_transfer import FolderTransfer, WeightTransfer, fingerprint
+from sppo_lightning.engines.whole_copy import WholeCopy
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.sharding import is_sharded
 from sppo_lightning.ranks import gather_objects, rank_and_ranks
 
 _POLL_SECONDS = 1.0  # between two looks at a server that is starting
@@ -66,6 +68,7 @@ class VLLMServerEngine(Engine):
         self.max_requests = max_requests
         self.start_timeout_seconds = start_timeout_seconds
         self.retries = retries
+        self._copy: WholeCopy | None = None  # of a sharded policy
         self._sent: Any = None  # the fingerprint of the weights that the servers have
         self._label = ""  # what the servers call them
         self._transfers = 0
@@ -73,20 +76,30 @@ class VLLMServerEngine(Engine):
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
         """Send the weights, unless the servers have them; a collective, of which rank 0 does the sending."""
         rank, _ = rank_and_ranks()
+        sent = self._whole(policy, rank)
         if rank == 0:
             if self.policy is None:
-                self._wait_for_servers(self.transfer.prepare(policy))
-            weights, returned = fingerprint(policy.model.parameters()), self._returned()
+                self._wait_for_servers(self.transfer.prepare(sent))
+            weights, returned = fingerprint(sent), self._returned()
             self.servers += returned
             if weights != self._sent or returned:
                 self._transfers += 1
                 self._label = f"{version}.{self._transfers}"
-                self._send(policy)
+                self._send(sent)
                 self._sent = weights
         self._label, urls = gather_objects((self._label, [server.url for server in self.servers]))[0]
         known = {server.url: server for server in self.servers}
         self.servers = [known.get(url) or JSONClient(url, self.timeout_seconds) for url in urls]
         self.policy, self.version = policy, version
+
+    def _whole(self, policy: CausalLMPolicy, rank: int) -> CausalLMPolicy:
+        """What rank 0 sends: the policy, or a copy of a sharded one in the machine's memory; then a collective."""
+        if not is_sharded(policy):
+            return policy
+        if self._copy is None:
+            self._copy = WholeCopy(policy, "meta" if rank else "cpu")
+        self._copy.follow()
+        return self._copy.policy
 
     def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
         """The responses as they finish; see `Engine.stream`."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sppo_lightning.engines.http import JSONClient
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.models.adapters import merged_weights
+from sppo_lightning.models.sharding import is_sharded, local, whole
+from sppo_lightning.ranks import gather_objects
 
 
 class WeightTransfer(ABC):
@@ -95,7 +96,7 @@ class FolderTransfer(WeightTransfer):
 
     def _write(self, policy: CausalLMPolicy) -> None:
         """Replace the file of weights in one go: a server never sees half of it."""
-        weights = fingerprint(policy.model.parameters())
+        weights = fingerprint(policy)
         if weights == self._written:
             return
         unfinished = self.folder.path / "model.safetensors.tmp"
@@ -110,6 +111,8 @@ def served_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and weights in the compute dtype, one at a time, with adapters merged and the head under its own name.
 
+    A collective at each weight where the policy is sharded, and the weights are whole.
+
     Args:
         policy: Whose weights.
         device: Where they go.
@@ -122,15 +125,10 @@ def served_weights(
         return weight.detach().to(device, policy.compute_dtype, copy=copied).contiguous()
 
     for name, weight in merged_weights(policy.model, device):
-        if isinstance(weight, DTensor):
-            raise InputError(
-                "`trainer.strategy` shards the policy, whose weights cannot be given to vLLM then; use ddp or one "
-                "device."
-            )
         unseen.discard(name)
         yield name, ready(weight)
     for name in unseen:
-        yield name, ready(head)
+        yield name, ready(whole(head))
 
 
 def write_description(policy: CausalLMPolicy, folder: Path) -> None:
@@ -149,11 +147,14 @@ def write_description(policy: CausalLMPolicy, folder: Path) -> None:
 
 
 @torch.no_grad()
-def fingerprint(weights: Iterable[Tensor]) -> list[int]:
-    """A number for each tensor, the sum of its bits read as integers; another one when the weights have changed.
+def fingerprint(policy: CausalLMPolicy) -> list[int]:
+    """A number for each weight, the sum of its bits read as integers; another one when the weights have changed.
 
-    A tensor's own count of changes would not do: the fused optimizers do not raise it.
+    A tensor's own count of changes would not do: the fused optimizers do not raise it. A collective where the
+    policy is sharded, and the same on all ranks.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [w.contiguous().view(integers[w.element_size()]).sum(dtype=torch.int64) for w in weights]
-    return torch.stack(sums).tolist()
+    parts = [local(weight).contiguous() for weight in policy.model.parameters()]
+    sums = [part.view(integers[part.element_size()]).sum(dtype=torch.int64) for part in parts]
+    numbers: list[int] = torch.stack(sums).tolist()
+    return [n for rank in gather_objects(numbers) for n in rank] if is_sharded(policy) else numbers

@@ -29,6 +29,7 @@ class Critic(PretrainedModule):
 
     setting = "model.critic"
     auto_class = AutoModelForSequenceClassification
+    forwards = ("outputs", "prompt_outputs")  # by which it is asked, besides `forward`
     reads: ClassVar[Literal["prompt", "token"]]  # the prompt alone, or every token of the response too
 
     @abstractmethod

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.adapters import LoRA, add_adapters
 from sppo_lightning.models.loading import compile_layers, load_model, load_tokenizer, recompute_layers
+from sppo_lightning.models.quantized import in_4_bits, settle
 
 
 class PretrainedModule(nn.Module):
@@ -79,7 +80,10 @@ class PretrainedModule(nn.Module):
             trust_remote_code=self.trust_remote_code,
             attn_implementation=self.attn_implementation,
             adapt=self.adapt_config,
+            quantization=in_4_bits(self.setting) if self.lora is not None and self.lora.load_in_4bit else None,
         )
+        if self.lora is not None and self.lora.load_in_4bit:
+            settle(self, self.model)
         self.check_weights(info)
         if self.gradient_checkpointing:
             recompute_layers(self.model, self.setting)

@@ -1,13 +1,15 @@
 """PagedEngine keeps the contract, draws what HFEngine draws, and leaves nothing behind."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract import TEXTS, EngineContract, ids, sample
+from forked import on_ranks
 from tiny import FAMILIES, FamilyPolicy, make_batch, make_policy
-from training import check_versions
+from training import check_versions, check_watched, train_sharded
 
 from sppo_lightning.engines import Engine, HFEngine, PagedEngine, Sampling
 from sppo_lightning.errors import InputError
@@ -45,6 +47,12 @@ def test_responses_are_those_of_hf_engine(family: str, settings: dict[str, Any])
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_training_samples_from_the_updated_weights(engine: Engine, prefetch: int):
     check_versions(engine, prefetch, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [HFEngine, PagedEngine])
+def test_every_rank_has_all_of_a_sharded_policy(tmp_path: Path, kind: type[Engine]):
+    for watches in on_ranks(2, tmp_path, train_sharded, kind):
+        check_watched(watches, 0, 1e-4)
 
 
 @pytest.mark.parametrize("family", UNKNOWN)

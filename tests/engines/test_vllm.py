@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract import TEXTS, EngineContract, MakePolicy, ids, sample
+from forked import on_ranks
 from test_docs import callbacks_built
 from tiny import make_batch
-from training import Watches, check_versions, train
+from training import Watches, check_versions, check_watched, train, train_sharded
 from vllm_process import served_policy
 
 from sppo_lightning.callbacks import RolloutGeneration
@@ -72,6 +73,11 @@ def test_every_rank_has_its_own(tmp_path: Path):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["versions"] == [0, 1, 2, 3, 4]
         assert found["gap"] < 1e-4
+
+
+def test_every_rank_has_all_of_a_sharded_policy(tmp_path: Path):
+    for watches in on_ranks(2, tmp_path, train_sharded, make_engine, start_method="spawn"):
+        check_watched(watches, 0, 1e-4)
 
 
 def test_weights_are_the_engines_own(started: VLLMEngine):

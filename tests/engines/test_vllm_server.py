@@ -1,13 +1,15 @@
 """VLLMServerEngine with real servers: the contract, training, and a server that dies."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from contract import TEXTS, EngineContract, MakePolicy, ids, sample
+from forked import on_ranks
 from tiny import make_batch
-from training import check_versions
+from training import check_versions, check_watched, train_sharded
 from vllm_process import VLLMProcess, served_policy
 
 from sppo_lightning.batch import Rollouts
@@ -47,6 +49,13 @@ class TestVLLMServerEngine(EngineContract):
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_responses_come_from_the_updated_weights(engine: VLLMServerEngine, prefetch: int):
     check_versions(engine, prefetch, 1e-4)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_sharded_policy_is_sent_whole(tmp_path: Path, servers: list[VLLMProcess], folder: Path, prefetch: int):
+    make_engine = partial(VLLMServerEngine, [server.url for server in servers], FolderTransfer(str(folder)))
+    for watches in on_ranks(2, tmp_path, train_sharded, make_engine, prefetch):
+        check_watched(watches, prefetch, 1e-4)
 
 
 def test_weights_that_the_servers_were_not_sent_are_noticed(engine: VLLMServerEngine):

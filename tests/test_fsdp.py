@@ -1,0 +1,139 @@
+"""Models whose weights are spread over two processes (FSDP2) do what they do on one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chain_run import CLOSE, article, check_same, grpo, ppo, run
+from forked import on_ranks
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from tiny import make_chain_sppo, make_trainer
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from sppo_lightning.callbacks import HFExport, MemoryPlan, ReferenceRefresh, SamplerParity
+from sppo_lightning.errors import InputError
+from sppo_lightning.models import LoRA
+
+
+def fsdp(**settings: Any) -> ModelParallelStrategy:
+    return ModelParallelStrategy(tensor_parallel_size=1, **settings)
+
+
+class Held(Callback):
+    """Keeps, of each model, how many of its numbers this rank holds, and how many there are."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, tuple[int, int]] = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name in ("policy", "critic", "reference"):
+            weights = [p for n, p in pl_module.named_parameters() if n.startswith(name)]
+            assert all(isinstance(weight, DTensor) for weight in weights)
+            parts = [weight.to_local() for weight in weights if isinstance(weight, DTensor)]
+            self.numbers[name] = (sum(map(torch.numel, parts)), sum(map(torch.numel, weights)))
+
+
+def sharded(silent: int = 0, *callbacks: Callback, **settings: Any) -> Any:
+    held = Held()
+    weights, metrics = run(2, silent, None, 6, held, *callbacks, strategy=fsdp(), **settings)
+    return weights, metrics, held.numbers
+
+
+def lora() -> dict[str, Any]:
+    return {"lora": LoRA(rank=2), "kl_coef": 0.1}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("silent", [0, 2], ids=["all judged", "one rank without verdicts"])
+def test_sppo_on_two_processes_does_what_it_does_on_one(tmp_path: Path, silent: int) -> None:
+    both = on_ranks(2, tmp_path, sharded, silent, MemoryPlan(), kl_coef=0.1)
+    one = run(1, silent, kl_coef=0.1)
+    for weights, metrics, numbers in both:
+        check_same(one, (weights, metrics))
+        for held, there in numbers.values():
+            assert 0.45 * there < held < 0.55 * there  # of every weight a half
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [grpo, ppo, article, lora])
+def test_every_family_does_on_two_processes_what_it_does_on_one(
+    tmp_path: Path, family: Callable[[], dict[str, Any]]
+) -> None:
+    both = on_ranks(2, tmp_path, sharded, **family())
+    one = run(1, **family())
+    for weights, metrics, _ in both:
+        check_same(one, (weights, metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_sampled_ahead_is_the_same(tmp_path: Path) -> None:
+    both, one = on_ranks(2, tmp_path, sharded, prefetch=1), run(1, prefetch=1)
+    for weights, metrics, _ in both:
+        check_same(one, (weights, metrics))
+
+
+def cut_and_resumed(folder: Path, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of an undisturbed run, and of one that goes on from a checkpoint of the second iteration."""
+    refresh = ReferenceRefresh(every_n_updates=3, mix=0.5)
+    whole_run, _ = run(2, 0, None, 6, refresh, strategy=fsdp(**settings), kl_coef=0.1)
+    run(2, 0, folder, 4, ReferenceRefresh(3, 0.5), strategy=fsdp(**settings), kl_coef=0.1)
+    name = str(folder / "2.ckpt")
+    again = ReferenceRefresh(3, 0.5)
+    resumed, _ = run(2, 0, None, 6, again, strategy=fsdp(**settings), kl_coef=0.1, ckpt_path=name)
+    return whole_run, resumed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save_distributed_checkpoint", [True, False])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, save_distributed_checkpoint: bool) -> None:
+    saved = {"save_distributed_checkpoint": save_distributed_checkpoint}
+    for undisturbed, resumed in on_ranks(2, tmp_path, cut_and_resumed, tmp_path, **saved):
+        assert {name.split(".")[0] for name in undisturbed} == {"policy", "critic", "reference"}
+        assert [name for name, value in undisturbed.items() if not torch.equal(value, resumed[name])] == []
+    assert (tmp_path / "2.ckpt").is_dir() == save_distributed_checkpoint
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
+def test_the_whole_model_leaves_the_run(tmp_path: Path, adapted: bool) -> None:
+    settings: dict[str, Any] = {"lora": LoRA(rank=2)} if adapted else {}
+    weights, _ = on_ranks(2, tmp_path, exported, tmp_path / "model", **settings)[0]
+    run(1, 0, None, 6, HFExport(str(tmp_path / "one")), **settings)
+    for auto_class, part in ((AutoModelForCausalLM, "."), (AutoModelForSequenceClassification, "critic")):
+        found = auto_class.from_pretrained(tmp_path / "model" / part).state_dict()
+        for name, weight in auto_class.from_pretrained(tmp_path / "one" / part).state_dict().items():
+            torch.testing.assert_close(found[name], weight, **CLOSE)
+    if not adapted:
+        for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict().items():
+            assert torch.equal(weight, weights[f"policy.model.{name}"])
+
+
+def exported(path: Path, **settings: Any) -> Any:
+    return run(2, 0, None, 6, HFExport(str(path)), strategy=fsdp(), **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bf16_is_sampled_from_as_it_is_trained(tmp_path: Path) -> None:
+    for weights, metrics in on_ranks(2, tmp_path, in_bf16):
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        assert 0 < metrics["sampler/logprob_gap"] < 2e-3  # the copy's weights are rounded as autocast rounds them
+
+
+def in_bf16() -> Any:
+    precision = {"precision": "bf16-mixed"}
+    return run(2, 0, None, 6, SamplerParity(), strategy=fsdp(), trainer_settings=precision)
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 2), ("auto", 2), (1, "auto"), ("auto", "auto")])
+def test_sizes_that_do_not_spread_the_data_are_refused(data: Any, tensor: Any) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
+    module = make_chain_sppo(1e-3)
+    module.trainer = make_trainer(devices=2, strategy=strategy)
+    with pytest.raises(InputError, match="over 2 ranks needs `tensor_parallel_size`: 1") as refusal:
+        module.configure_callbacks()
+    assert f"not {tensor} and" in str(refusal.value)
