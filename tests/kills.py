@@ -4,8 +4,10 @@ import dataclasses
 import os
 import random
 import signal
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ def start(run: Callable[[], Any]) -> int:
     child = os.fork()
     if child:
         return child
+    warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)  # which pytest keeps for itself
+    warnings.simplefilter("always")
     status: Any = 1
     try:
         run()
