@@ -228,8 +228,7 @@ REFUSED = {
     "none": "`--ckpt`=none does not exist; check its path.",
     "kept": "`--ckpt`=kept is a folder, not a checkpoint; the newest in it is kept/last.ckpt.",
     "text.ckpt": "`--ckpt`=text.ckpt is not a checkpoint of a run; give a file that ModelCheckpoint wrote.",
-    "sharded": "`--ckpt`=sharded is a sharded checkpoint; make one file of it first: python -m "
-    "lightning.fabric.utilities.consolidate_checkpoint sharded.",
+    "sharded": "`--ckpt`=sharded is torn (its .metadata is missing); there is no whole one beside it.",
     "python.ckpt": "`--ckpt`=python.ckpt holds no config, as none of a run from Python does; add `--config`.",
     "foreign.ckpt": "The model of `--ckpt` is a Foreign, which has no policy to export.",
     "gone.ckpt": "The config of `--ckpt` makes no model: `class_path`=my_modules.Mine (in `model`) does not exist; check its module and name.",
