@@ -1,6 +1,7 @@
 """Runs in processes of their own, which are killed for real, and what they have logged."""
 
 import dataclasses
+import multiprocessing.util
 import os
 import random
 import signal
@@ -41,6 +42,8 @@ def start(run: Callable[[], Any]) -> int:
     child = os.fork()
     if child:
         return child
+    # as multiprocessing's own forks do: the thread that hands open files to other processes is not in this one
+    multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
     warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)  # which pytest keeps for itself
     warnings.simplefilter("always")
     status: Any = 1
