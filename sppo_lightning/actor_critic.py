@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import Prompt, PromptBatch
-from sppo_lightning.batching import micro_batches
 from sppo_lightning.experience import Experience, Replayed
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.models.sharding import is_sharded
@@ -126,7 +125,7 @@ class ActorCritic(PolicyModule):
 
     def _ask(self, lengths: Sequence[int], outputs: Callable[[list[int]], Tensor]) -> Tensor:
         """`outputs` of all rows, whose lengths are given in tokens, group by group within the token budget."""
-        groups = micro_batches(lengths, self.micro_batch_tokens)
+        groups = self.groups(lengths)
         assert self.critic is not None
         if is_sharded(self.critic):  # every forward gathers weights, so all ranks make as many
             groups = [rows.index for [rows], _, _ in self.in_step(groups)]

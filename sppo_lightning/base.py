@@ -28,6 +28,7 @@ from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.phases import Watch, phase
 from sppo_lightning.pipeline import check_requirements
+from sppo_lightning.ranks import gather_objects
 from sppo_lightning.record import RunRecord
 from sppo_lightning.resuming import ResumableModule
 from sppo_lightning.skipping import Attempt, SkippedUpdates
@@ -74,7 +75,7 @@ class PolicyModule(ResumableModule):
                 "`max_grad_norm` would take for their size; use bf16-mixed."
             )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            settle_mesh(self.trainer.strategy, self.trainer.num_devices * self.trainer.num_nodes)
+            settle_mesh(self.trainer.strategy, self.trainer.num_devices, self.trainer.num_nodes)
         return []
 
     def setup(self, stage: str) -> None:
@@ -105,7 +106,8 @@ class PolicyModule(ResumableModule):
             return
         for model in self.models():
             if not is_sharded(model):
-                shard(model, self.device_mesh["data_parallel"])  # type: ignore[index]
+                assert self.device_mesh is not None
+                shard(model, self.device_mesh)
 
     def build_models(self) -> None:
         """Load the weights; a second call does nothing."""
@@ -167,20 +169,31 @@ class PolicyModule(ResumableModule):
             rows = [MicroRows(g[i], True) if i < len(g) else MicroRows([0], False) for g in groupings]
             yield rows, 1.0 / (most * self.trainer.world_size), i == most - 1
 
-    def policy_groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Positions into `lengths`, in tokens, in groups within the budget of one of the policy's forwards."""
-        return micro_batches(lengths, self.micro_batch_tokens, self.policy.packs)
+    def groups(self, lengths: Sequence[int], packed: bool = False) -> list[list[int]]:
+        """Positions into `lengths`, in tokens, in groups within the budget of one forward.
+
+        Ranks that compute a forward together share its budget, and a group may have no row of this rank; a collective
+        of these ranks.
+        """
+        together = self.policy.group
+        if together is None:
+            return micro_batches(lengths, self.micro_batch_tokens, packed)
+        each: list[list[int]] = gather_objects(list(lengths), together.get_group())
+        joint = micro_batches([n for own in each for n in own], self.micro_batch_tokens, packed)
+        start = sum(map(len, each[: together.get_local_rank()]))
+        return [[i - start for i in group if 0 <= i - start < len(lengths)] for group in joint]
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch; ranks exchange gradients with the `last` one of a mini-batch only.
 
         Losses are shares of the mini-batch over all ranks, so gradients add up; strategies average them, which
-        the factor `world_size` undoes.
+        the factor undoes; those of ranks that compute a forward together are summed.
         """
         strategy = self.trainer.strategy
         quiet = not last and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if quiet else nullcontext():  # type: ignore[attr-defined]
-            self.manual_backward(loss * self.trainer.world_size)
+            together = 1 if self.policy.group is None else self.policy.group.size()
+            self.manual_backward(loss * (self.trainer.world_size // together))
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
         """Stop here, where a checkpoint resumes exactly, if too many updates in a row were skipped."""

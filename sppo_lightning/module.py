@@ -14,7 +14,7 @@ from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
 from sppo_lightning.balance import balanced
 from sppo_lightning.batch import PromptBatch, Rollouts
-from sppo_lightning.batching import check_mini_batch_size, micro_batches, mini_batches
+from sppo_lightning.batching import check_mini_batch_size, mini_batches
 from sppo_lightning.combination import KLPlace, check_combination, check_sampling
 from sppo_lightning.experience import Experience, MicroBatch, Outcomes, Replayed, teaching
 from sppo_lightning.functional import KLEstimator
@@ -208,8 +208,7 @@ class SPPOModule(ActorCritic):
         """The rows of each backward, by the token budget; as many on every rank, for collectives to meet."""
         groups = self.groups_of(update.rollouts, self.rows_that_move_the_policy(update))
         critic_lengths = [] if self.critic is None else self.critic.lengths(update.rollouts)
-        for_critic = micro_batches(critic_lengths, self.micro_batch_tokens)
-        for_replay = micro_batches(self.replayed_lengths(replayed), self.micro_batch_tokens)
+        for_critic, for_replay = self.groups(critic_lengths), self.groups(self.replayed_lengths(replayed))
         for [policy, critic, again], share, last in self.in_step(groups, for_critic, for_replay):
             seen = None if replayed is None else replayed.rows(again.index, again.counts)
             rows, for_value = (update.rows(chosen.index, chosen.counts) for chosen in (policy, critic))
@@ -218,7 +217,8 @@ class SPPOModule(ActorCritic):
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
         lengths = rollouts.lengths
-        return [[rows[i] for i in group] for group in self.policy_groups([lengths[row] for row in rows])]
+        groups = self.groups([lengths[row] for row in rows], self.policy.packs)
+        return [[rows[i] for i in group] for group in groups]
 
     def global_counts(self, update: Experience, replayed: Replayed | None) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict, and the weights of what is replayed, over all ranks."""

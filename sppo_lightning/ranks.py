@@ -16,12 +16,12 @@ def rank_and_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """What every rank passed, by rank, on every rank: a collective, so all ranks must call it."""
-    _, ranks = rank_and_ranks()
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank passed, by rank, on every rank: a collective, so all ranks (of `group`) must call it."""
+    ranks = rank_and_ranks()[1] if group is None else group.size()
     found: list[Any] = [value] * ranks
     if ranks > 1:
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group)
     return found
 
 

@@ -53,7 +53,7 @@ class SFTModule(PolicyModule):
         attempt = Attempt(examples)
         count = examples.response_mask.sum()
         tokens = self.trainer.strategy.reduce(count, reduce_op="sum").clamp(min=1.0)
-        for [rows], _, last in self.in_step(self.policy_groups(examples.lengths)):
+        for [rows], _, last in self.in_step(self.groups(examples.lengths, self.policy.packs)):
             log_probs, entropy = self.policy(examples.rows(rows.index))
             mask = examples.response_mask[rows.index].bool() & rows.counts
             self.accumulate(-log_probs[mask].sum() / tokens, last)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sppo_lightning.batch import Rollouts
 from sppo_lightning.calibration import critic_metrics
@@ -54,7 +55,7 @@ def count_micro_batch(
     attempt.add("policy/entropy", entropy[mask].mean(), tokens)
     rollouts = micro.policy.rollouts
     lengths = rollouts.prompt_mask.sum(1) + rollouts.response_mask.sum(1)
-    computed = lengths.sum() if module.policy.packs else lengths.max() * len(rollouts)
+    computed = lengths.sum() if module.policy.packs else F.pad(lengths, (0, 1)).max() * len(rollouts)
     attempt.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
     fresh = mask & (rollouts.policy_versions == module.global_step)[:, None]  # of the weights that sampled them
     attempt.add("sampler/logprob_gap", sampler_gaps(log_probs, rollouts, fresh).mean(), fresh.sum())

@@ -235,6 +235,5 @@ class PromptDataModule(LightningDataModule):
         return self.trainer
 
     def _shard(self) -> tuple[int, int]:
-        """Rank and world size of the data; ranks that share a tensor-parallel model have the same."""
-        kwargs = self._the_trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        return kwargs["rank"], kwargs["num_replicas"]
+        """Rank and world size of the data; ranks that compute a model together have prompts of their own too."""
+        return self._the_trainer.global_rank, self._the_trainer.world_size

@@ -48,7 +48,7 @@ class WholeCopy:
         self.policy: CausalLMPolicy = kind.__new__(kind)
         nn.Module.__init__(self.policy)
         plain = {name: value for name, value in vars(source).items() if not name.startswith("_")}
-        self.policy.__dict__.update(plain, lora=None)
+        self.policy.__dict__.update(plain, lora=None, group=None)
         self.policy.model = model_like(source, device or source.device)
         if source.own_head is not None:
             self.policy.own_head = OwnHead(self.policy.model, source.own_head.outputs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.critic_base import Critic
+from sppo_lightning.models.sharding import is_sharded
 
 CACHED_FEATURES = 65536  # of 1536 numbers each they would take 400 MB
 CACHED_PROMPTS = 2048  # more than one iteration reads; of 2048 tokens each they would take some 150 MB
@@ -29,7 +30,8 @@ class PromptCritic(Critic):
 
     Args:
         max_prompt_tokens: Longer prompts lose their beginning, counted in the critic's own tokens.
-        freeze_backbone: Train the value head alone; what the backbone makes of a prompt is computed once and kept.
+        freeze_backbone: Train the value head alone; what the backbone makes of a prompt is computed once and kept,
+            unless the strategy shards the weights.
     """
 
     reads = "prompt"
@@ -72,7 +74,8 @@ class PromptCritic(Critic):
     def forward(self, prompts: Sequence[Prompt]) -> Tensor:
         """Value logits `v`, `[N]`, float32 or wider, at the last token of each prompt."""
         rows = self.encode(prompts)
-        return self.values_of(self._frozen_features(rows) if self.freeze_backbone else self.last_hidden(rows))
+        kept = self.freeze_backbone and not is_sharded(self)  # else every rank must take part in every forward
+        return self.values_of(self._frozen_features(rows) if kept else self.last_hidden(rows))
 
     @torch.no_grad()
     def _frozen_features(self, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -17,6 +17,7 @@ from sppo_lightning.models.classifiers import classifier_config
 from sppo_lightning.models.loading import eager_attention, first_sentence
 from sppo_lightning.models.policy import CausalLMPolicy
 from sppo_lightning.models.pretrained import PretrainedModule
+from sppo_lightning.models.tensor_parallel import with_the_group
 
 
 class Critic(PretrainedModule):
@@ -92,7 +93,8 @@ class Critic(PretrainedModule):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states `[N, L, H]` of ids `[N, L]`, padded on the right: causal attention needs no mask."""
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        inputs = {"input_ids": ids, "use_cache": False}
+        return with_the_group(lambda **joint: self.model.base_model(**joint).last_hidden_state, self.group, inputs)
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """The head's outputs `[…]` of hidden states `[…, H]`, float32 or wider."""
@@ -101,14 +103,15 @@ class Critic(PretrainedModule):
 
     def last_hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states `[N, H]` at the last of each row's token ids, found from the lengths, never by padding."""
-        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        last = torch.tensor([len(row) - 1 for row in rows], dtype=torch.long, device=self.device)
         hidden = self.hidden(self.padded(rows))
         return hidden[torch.arange(len(rows), device=hidden.device), last]
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids `[N, L]`, padded on the right."""
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(self.device)
+        tensors = [torch.tensor(row) for row in rows] or [torch.zeros(0, dtype=torch.long)]
+        padded = pad_sequence(tensors, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return padded[: len(rows)].to(self.device)
 
     @torch.no_grad()
     def _check_values(self) -> None:

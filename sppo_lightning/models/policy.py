@@ -17,6 +17,7 @@ from sppo_lightning.models.loading import base_of, eager_attention
 from sppo_lightning.models.log_probs import selected_log_probs, selected_log_probs_of
 from sppo_lightning.models.own_head import OwnHead
 from sppo_lightning.models.pretrained import PretrainedModule
+from sppo_lightning.models.tensor_parallel import for_own_rows, with_the_group
 
 
 class CausalLMPolicy(PretrainedModule):
@@ -69,8 +70,8 @@ class CausalLMPolicy(PretrainedModule):
         embedding = self.model.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return {
-            "weight": embedding.weight,
-            "bias": getattr(embedding, "bias", None),
+            "weight": for_own_rows(embedding.weight, self.group),
+            "bias": for_own_rows(getattr(embedding, "bias", None), self.group),
             "scale": float(scale),
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
@@ -90,7 +91,8 @@ class CausalLMPolicy(PretrainedModule):
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states `[N, L, H]` of the base model for its own arguments."""
-        return base_of(self.model)(**inputs).last_hidden_state
+        base = base_of(self.model)
+        return with_the_group(lambda **joint: base(**joint).last_hidden_state, self.group, inputs)
 
     def as_reference(self) -> CausalLMPolicy:
         """A policy that stays what this one is before training: with LoRA this one with its adapters off."""
@@ -204,5 +206,5 @@ def flush_left(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
     totals = prompt_lengths + rollouts.response_mask.sum(1).long()
     both = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     first = rollouts.prompt_ids.shape[1] - prompt_lengths  # where the left padding ends
-    columns = first[:, None] + torch.arange(int(totals.max()), device=both.device)
+    columns = first[:, None] + torch.arange(max(totals.tolist(), default=1), device=both.device)
     return both.gather(1, columns.clamp(max=both.shape[1] - 1)), prompt_lengths, totals

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sppo_lightning.errors import InputError
@@ -34,6 +35,7 @@ class PretrainedModule(nn.Module):
 
     setting: ClassVar[str]  # where the configuration has this module, for errors
     auto_class: ClassVar[Any]  # transformers' AutoModel that loads it
+    group: DeviceMesh | None = None  # the ranks that compute its layers together, each a part
 
     def __init__(
         self,

@@ -49,8 +49,8 @@ class TokenCritic(Critic):
 
     def prompt_outputs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]]) -> Tensor:
         """`[B]`, at the end of each prompt."""
-        last = torch.tensor([[len(row) - 1] for row in token_ids], device=self.device)
-        return self(self.padded(token_ids)).gather(1, last).squeeze(1)
+        last = torch.tensor([len(row) - 1 for row in token_ids], dtype=torch.long, device=self.device)
+        return self(self.padded(token_ids)).gather(1, last[:, None]).squeeze(1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Values `[N, L]` after each of the token ids `[N, L]`, padded on the right."""
