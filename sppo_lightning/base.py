@@ -172,8 +172,8 @@ class PolicyModule(ResumableModule):
     def groups(self, lengths: Sequence[int], packed: bool = False) -> list[list[int]]:
         """Positions into `lengths`, in tokens, in groups within the budget of one forward.
 
-        Ranks that compute a forward together share its budget, and a group may have no row of this rank; a collective
-        of these ranks.
+        Ranks that compute a forward together share its budget, and a group may have no row of this rank; then a
+        collective of these ranks.
         """
         together = self.policy.group
         if together is None:

@@ -68,10 +68,11 @@ class CausalLMPolicy(PretrainedModule):
         """The output embedding and what the model does to its logits, as `selected_log_probs` takes them."""
         config = self.model.config.get_text_config()
         embedding = self.model.get_output_embeddings()
+        bias = getattr(embedding, "bias", None)
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return {
             "weight": for_own_rows(embedding.weight, self.group),
-            "bias": for_own_rows(getattr(embedding, "bias", None), self.group),
+            "bias": None if bias is None else for_own_rows(bias, self.group),
             "scale": float(scale),
             "softcap": getattr(config, "final_logit_softcapping", None),
         }

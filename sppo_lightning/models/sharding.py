@@ -61,9 +61,9 @@ def settle_mesh(strategy: ModelParallelStrategy, devices: int, nodes: int) -> No
     data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
     if data * tensor != ranks:
         raise InputError(
-            f"`trainer.strategy`=ModelParallelStrategy over {ranks} ranks cannot have `tensor_parallel_size`: {tensor} "
-            f"and `data_parallel_size`: {data}; use a `tensor_parallel_size` that divides {ranks}, and leave the "
-            "other out."
+            f"`trainer.strategy`=ModelParallelStrategy over {ranks} ranks cannot have `tensor_parallel_size`: "
+            f"{tensor} and `data_parallel_size`: {data}; use a `tensor_parallel_size` that divides {ranks}, and "
+            "leave the other out."
         )
 
 

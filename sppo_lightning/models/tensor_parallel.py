@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def with_the_group(compute: Callable[..., Tensor], group: DeviceMesh | None, inp
     Args:
         compute: A transformer whose layers are cut over the group, of `[N, L]` tokens to `[N, L, H]`.
         group: The ranks, or None for this one alone.
-        inputs: Token ids `[n, l]`, padded on the right; or `[1, l]` with `position_ids` that start anew with each row.
+        inputs: Token ids `[n, l]`, padded on the right, or `[1, l]` and `position_ids` that start anew with a row.
     """
     if group is None:
         return compute(**inputs)
@@ -80,20 +81,25 @@ def with_the_group(compute: Callable[..., Tensor], group: DeviceMesh | None, inp
 
 
 def for_own_rows(weight: Any, group: DeviceMesh | None) -> Any:
-    """A whole weight, or None, to compute with this rank's rows alone; its gradient is of all rows of the group."""
-    return weight if group is None or weight is None else copied(weight.to_local(), group)
+    """A whole weight to compute with this rank's rows alone; its gradient is of all rows of the group."""
+    return weight if group is None else copied(_local(weight), group)
 
 
 def copied(value: Tensor, group: DeviceMesh) -> Tensor:
     """What is the same on all ranks, for each to compute a part with; the gradient is the sum of theirs."""
-    whole: Tensor = DTensor.from_local(value, group, [Replicate()], run_check=False)
-    return whole.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined, no-any-return]
+    whole = DTensor.from_local(value, group, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])
 
 
 def summed(value: Tensor, group: DeviceMesh) -> Tensor:
     """The sum over the ranks, each of which goes on with all of it."""
     part = DTensor.from_local(value, group, [Partial()], run_check=False)
     return part.redistribute(placements=[Replicate()]).to_local()
+
+
+def _local(weight: Any) -> Any:
+    """The part of a weight that is on this rank."""
+    return weight.to_local()
 
 
 def _placement(style: str, name: str) -> Placement:
@@ -105,28 +111,24 @@ def _placement(style: str, name: str) -> Placement:
 def _compute_locally(layer: nn.Module, style: str, group: DeviceMesh) -> None:
     """Let the forward of `layer` see its weights as plain tensors, of which this rank has all or its part."""
     compute = layer.forward
+    plain = partial(for_own_rows, group=group) if style == _PARTIAL else _local
 
     def forward(*inputs: Any, **settings: Any) -> Any:
         held = dict(layer._parameters)
-        own: dict[str, Any] = {
-            name: weight if weight is None else weight.to_local() for name, weight in held.items()
-        }
-        if style == _PARTIAL:
-            own = {name: for_own_rows(weight, group) for name, weight in held.items()}
-        bias = own.get("bias")
-        if style == "rowwise":
-            own["bias"] = None  # to be added once
-        layer._parameters.update(own)
+        own = {name: plain(weight) for name, weight in held.items() if weight is not None}
+        bias = own.pop("bias", None) if style == "rowwise" else None
+        layer._parameters.update(own if bias is None else own | {"bias": None})  # which is added once
+        if style == "colwise":
+            inputs = (copied(inputs[0], group),)
         try:
-            outputs = compute(*([copied(*inputs, group)] if style == "colwise" else inputs), **settings)
+            outputs = compute(*inputs, **settings)
         finally:
             layer._parameters.update(held)
-        if style != "rowwise":
-            return outputs
-        outputs = summed(outputs, group)
+        if style == "rowwise":
+            outputs = summed(outputs, group)
         return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def _planned(module: Any, ranks: int) -> Iterator[tuple[str, nn.Module, str]]:
@@ -141,8 +143,8 @@ def _planned(module: Any, ranks: int) -> Iterator[tuple[str, nn.Module, str]]:
             continue
         if layer is None or style not in _CUT | {_PARTIAL}:
             raise InputError(
-                f"`tensor_parallel_size`={ranks}: transformers plans `{name}` of {_named(module)} as {style!r}, which "
-                "is not supported here; use `tensor_parallel_size`: 1."
+                f"`tensor_parallel_size`={ranks}: transformers plans `{name}` of {_named(module)} as {style!r}, "
+                "which is not supported here; use `tensor_parallel_size`: 1."
             )
         if hasattr(layer, "base_layer"):  # W + B A is cut as W is: B by its outputs, or A by its inputs
             adapter = layer.lora_B if style == "colwise" else layer.lora_A
@@ -160,9 +162,7 @@ def _check(module: Any, ranks: int) -> None:
         "transformers has no plan for it that cuts a layer": not cut,
         "its logits are no linear function of its hidden states": getattr(module, "own_head", None) is not None,
         f"`{module.setting}.compile` has not been tried with it": module.compile_blocks,
-        f"`{module.setting}.lora.dropout` would differ between its ranks": bool(
-            module.lora and module.lora.dropout
-        ),
+        f"`{module.setting}.lora.dropout` would differ between ranks": bool(module.lora and module.lora.dropout),
     }
     for reason, there in reasons.items():
         if there:
@@ -177,9 +177,7 @@ def _check(module: Any, ranks: int) -> None:
         sizes[f"the width of `{name}`"] = layer.out_features if style == "colwise" else layer.in_features
     for name, size in sizes.items():
         if size and size % ranks:
-            raise InputError(
-                f"{refused}: it does not divide {name}={size}; use a `tensor_parallel_size` that does."
-            )
+            raise InputError(f"{refused}: it does not divide {name}={size}; use one that does.")
 
 
 def _named(module: Any) -> str:
