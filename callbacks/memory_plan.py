@@ -131,7 +131,8 @@ class MemoryPlan(Callback):
     def _update(self, module: Any, gauge: Gauge, batch: PromptBatch, ranks: int) -> int:
         """Bytes that the largest micro-batch needs at most, its gradients included."""
         rollouts = self._longest_rollouts(module, batch, ranks)
-        budget, longest = module.micro_batch_tokens, max(rollouts.lengths)
+        together = 1 if module.policy.group is None else module.policy.group.size()  # ranks, each with its share
+        budget, longest = module.micro_batch_tokens // together, max(rollouts.lengths)
         rows, length = _fullest(budget, longest, len(rollouts), longest - self._generation.sampling.max_new_tokens)
 
         def learn(rows: int) -> None:
@@ -147,8 +148,9 @@ class MemoryPlan(Callback):
         module.zero_grad(set_to_none=True)
         if fitting < rows:
             raise InputError(
-                f"`model.micro_batch_tokens`={budget} does not fit into memory with {rows} responses of {length} "
-                f"tokens, prompt included; use {longest if fitting == 1 else fitting * length or _CHEAPER}."
+                f"`model.micro_batch_tokens`={module.micro_batch_tokens} does not fit into memory with "
+                f"{rows * together} responses of {length} tokens, prompt included; use "
+                f"{together * (longest if fitting == 1 else fitting * length) or _CHEAPER}."
             )
         return peak
 

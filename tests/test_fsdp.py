@@ -19,8 +19,8 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.models import LoRA
 
 
-def fsdp(**settings: Any) -> ModelParallelStrategy:
-    return ModelParallelStrategy(tensor_parallel_size=1, **settings)
+def fsdp(group: int = 1, **settings: Any) -> ModelParallelStrategy:
+    return ModelParallelStrategy(tensor_parallel_size=group, **settings)
 
 
 class Held(Callback):
@@ -77,14 +77,16 @@ def test_what_is_sampled_ahead_is_the_same(tmp_path: Path) -> None:
         check_same(one, (weights, metrics))
 
 
-def cut_and_resumed(folder: Path, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def cut_and_resumed(
+    folder: Path, ranks: int = 2, **settings: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights of an undisturbed run, and of one that goes on from a checkpoint of the second iteration."""
     refresh = ReferenceRefresh(every_n_updates=3, mix=0.5)
-    whole_run, _ = run(2, 0, None, 6, refresh, strategy=fsdp(**settings), kl_coef=0.1)
-    run(2, 0, folder, 4, ReferenceRefresh(3, 0.5), strategy=fsdp(**settings), kl_coef=0.1)
-    name = str(folder / "2.ckpt")
+    whole_run, _ = run(ranks, 0, None, 6, refresh, strategy=fsdp(**settings), kl_coef=0.1)
+    run(ranks, 0, folder, 4, ReferenceRefresh(3, 0.5), strategy=fsdp(**settings), kl_coef=0.1)
+    name = str(folder / f"{ranks}.ckpt")
     again = ReferenceRefresh(3, 0.5)
-    resumed, _ = run(2, 0, None, 6, again, strategy=fsdp(**settings), kl_coef=0.1, ckpt_path=name)
+    resumed, _ = run(ranks, 0, None, 6, again, strategy=fsdp(**settings), kl_coef=0.1, ckpt_path=name)
     return whole_run, resumed
 
 
@@ -100,9 +102,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, save_distributed_
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
-def test_the_whole_model_leaves_the_run(tmp_path: Path, adapted: bool) -> None:
+@pytest.mark.parametrize("group", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_whole_model_leaves_the_run(tmp_path: Path, adapted: bool, group: int) -> None:
     settings: dict[str, Any] = {"lora": LoRA(rank=2)} if adapted else {}
-    weights, _ = on_ranks(2, tmp_path, exported, tmp_path / "model", **settings)[0]
+    weights, _ = on_ranks(2, tmp_path, exported, tmp_path / "model", group, **settings)[0]
     run(1, 0, None, 6, HFExport(str(tmp_path / "one")), **settings)
     for auto_class, part in ((AutoModelForCausalLM, "."), (AutoModelForSequenceClassification, "critic")):
         found = auto_class.from_pretrained(tmp_path / "model" / part).state_dict()
@@ -113,8 +116,8 @@ def test_the_whole_model_leaves_the_run(tmp_path: Path, adapted: bool) -> None:
             assert torch.equal(weight, weights[f"policy.model.{name}"])
 
 
-def exported(path: Path, **settings: Any) -> Any:
-    return run(2, 0, None, 6, HFExport(str(path)), strategy=fsdp(), **settings)
+def exported(path: Path, group: int = 1, **settings: Any) -> Any:
+    return run(2, 0, None, 6, HFExport(str(path)), strategy=fsdp(group), **settings)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -129,11 +132,23 @@ def in_bf16() -> Any:
     return run(2, 0, None, 6, SamplerParity(), strategy=fsdp(), trainer_settings=precision)
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(2, 2), ("auto", 2), (1, "auto"), ("auto", "auto")])
-def test_sizes_that_do_not_spread_the_data_are_refused(data: Any, tensor: Any) -> None:
+def settled(data: Any, tensor: Any) -> tuple[int, int]:
+    """The sizes that a run on four devices has."""
     strategy = ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
     module = make_chain_sppo(1e-3)
-    module.trainer = make_trainer(devices=2, strategy=strategy)
-    with pytest.raises(InputError, match="over 2 ranks needs `tensor_parallel_size`: 1") as refusal:
-        module.configure_callbacks()
-    assert f"not {tensor} and" in str(refusal.value)
+    module.trainer = make_trainer(devices=4, strategy=strategy)
+    module.configure_callbacks()
+    return strategy._data_parallel_size, strategy._tensor_parallel_size
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 4), ("auto", 3), ("auto", 8), (2, "auto"), (3, 1)])
+def test_sizes_that_make_another_number_of_ranks_are_refused(data: Any, tensor: Any) -> None:
+    with pytest.raises(InputError, match=r"over 4 ranks cannot have .* that divides 4, and leave the other out\."):
+        settled(data, tensor)
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "expected"), [("auto", 1, (4, 1)), ("auto", 2, (2, 2)), (1, "auto", (1, 4))]
+)
+def test_sizes_that_are_left_out_follow(data: Any, tensor: Any, expected: tuple[int, int]) -> None:
+    assert settled(data, tensor) == expected

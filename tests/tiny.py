@@ -59,14 +59,14 @@ def family_config(family: str, vocab_size: int) -> dict[str, Any]:
         "max_position_embeddings": 128,
     }
     special = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    return {"model_type": family, **({} if family == "gpt2" else sizes), **special, **FAMILIES[family]}
+    return {"model_type": family, **({} if family == "gpt2" else sizes), **special, **FAMILIES.get(family, {})}
 
 
 class FamilyPolicy(CausalLMPolicy):
     """A model of a given family with random weights, sharp enough that its choices differ."""
 
-    def __init__(self, family: str, **settings: Any) -> None:
-        super().__init__(config=family_config(family, len(self.tokenizer)), **settings)
+    def __init__(self, family: str, config: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        super().__init__(config=family_config(family, len(self.tokenizer)) | dict(config or {}), **settings)
         torch.manual_seed(3)
         self.build()
         for parameter in self.parameters():

@@ -36,7 +36,7 @@ def learned(policy: FamilyPolicy) -> dict[str, Any]:
 
 def on_each_rank() -> dict[str, Any]:
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     found = {}
     for name, (family, settings) in CASES.items():
         policy = FamilyPolicy(family, **settings)
