@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from forked import on_ranks
 from test_policy import rollouts_of
-from tiny import FamilyPolicy, make_critic, make_policy
-from torch.distributed.device_mesh import init_device_mesh
+from tiny import FamilyPolicy, make_chain_sppo, make_critic, make_policy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sppo_lightning.engines.whole_copy import WholeCopy
 from sppo_lightning.errors import InputError
@@ -58,6 +58,13 @@ def learned(policy: FamilyPolicy, rows: list[int], pairs: int = 1) -> dict[str, 
     return {name: value.detach().clone() for name, value in found.items()}
 
 
+def groups_of_a_pair(pair: DeviceMesh) -> list[list[int]]:
+    """Of rows of these lengths on each rank, within 10 tokens."""
+    module = make_chain_sppo(1e-3, micro_batch_tokens=10)
+    module.policy.group = pair
+    return module.groups([[9, 2], [4], [], [3, 3]][dist.get_rank()])
+
+
 def on_each_rank() -> dict[str, Any]:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
@@ -72,6 +79,7 @@ def on_each_rank() -> dict[str, Any]:
         copied.follow()
         with torch.no_grad():
             found[case]["copy"] = copied.policy(rollouts_of(policy, 0.7))[0]
+    found["groups"] = groups_of_a_pair(mesh["tensor_parallel"])
     dist.destroy_process_group()
     return found
 
@@ -91,6 +99,11 @@ def test_layers_that_are_cut_learn_what_they_do_whole(ranks: list[dict[str, Any]
         for name, value in expected.items():
             wanted = value[rows] if name in ("log_probs", "after") else value
             torch.testing.assert_close(found[case][name], wanted, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+def test_a_pair_shares_the_budget_of_a_forward(ranks: list[dict[str, Any]]) -> None:
+    # 9; 4 and 2; and of the other pair 3 and 3
+    assert [found["groups"] for found in ranks] == [[[0], [1]], [[], [0]], [[]], [[0, 1]]]
 
 
 class Pair:
