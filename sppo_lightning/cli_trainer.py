@@ -35,7 +35,7 @@ def told_in_one_sentence(accelerator: Any = None) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (MisconfigurationException, ValueError, TypeError, KeyError) as error:
+    except (MisconfigurationException, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
         if not _is_refusal(error):
             raise
         raise InputError(_sentence(str(error.args[0] if error.args else error), accelerator)) from error

@@ -11,7 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.adapters import LoRA, add_adapters
-from sppo_lightning.models.loading import compile_layers, load_model, load_tokenizer, recompute_layers
+from sppo_lightning.memory import is_out_of_memory
+from sppo_lightning.models.loading import (
+    compile_layers,
+    first_sentence,
+    load_model,
+    load_tokenizer,
+    recompute_layers,
+)
 
 
 class PretrainedModule(nn.Module):
@@ -81,9 +88,18 @@ class PretrainedModule(nn.Module):
             adapt=self.adapt_config,
         )
         self.check_weights(info)
+        self._check_vocabulary()
         if self.gradient_checkpointing:
             recompute_layers(self.model, self.setting)
-        self.prepare_head(info)
+        try:
+            self.prepare_head(info)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError) or is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"`{self.setting}`={self.pretrained or self.config!r}: {type(self.model).__name__} cannot read three "
+                f"tokens ({first_sentence(error)}); correct its config."
+            ) from error
         if self.lora is not None:
             add_adapters(self.model, self.lora, self.setting, self.head_weights())
         if self.compile_blocks:
@@ -116,6 +132,15 @@ class PretrainedModule(nn.Module):
                 f"`{self.setting}.pretrained`={self.pretrained!r} lacks the weights `{missing[0]}`{more} of "
                 f"{type(self.model).__name__}, which would start at random; give the folder or hub id of a whole "
                 "model."
+            )
+
+    def _check_vocabulary(self) -> None:
+        """Refuse a tokenizer with ids that the model has no embedding for."""
+        rows, ids = len(self.model.get_input_embeddings().weight), len(self.tokenizer)
+        if ids > rows:
+            raise InputError(
+                f"`{self.setting}.tokenizer`={self.tokenizer_name!r} has {ids} tokens, and the model embeds {rows}; "
+                "give the tokenizer that belongs to it."
             )
 
     def _special_ids(self) -> dict[str, Any]:
