@@ -208,6 +208,7 @@ class ActorCritic(PolicyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
+        super().on_load_checkpoint(checkpoint)
         self.reference_version = checkpoint.get("reference_version", 0)
         for name in self.with_state:
             if getattr(self, name) is not None and name in checkpoint:

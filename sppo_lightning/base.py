@@ -19,6 +19,7 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.same_weights import check_same_weights
 from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.pipeline import check_requirements
@@ -54,6 +55,8 @@ class PolicyModule(LightningModule):
                 raise InputError(
                     f"`trainer.{name}`={value} does not apply here; remove it and set `{instead}` instead."
                 )
+        if self.micro_batch_tokens < 1:
+            raise InputError(f"`micro_batch_tokens`={self.micro_batch_tokens} holds no row; use 1 or more.")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise InputError(
                 f"`trainer.precision`={self.trainer.precision} multiplies gradients by a scale that "
@@ -87,6 +90,11 @@ class PolicyModule(LightningModule):
     def models(self) -> list[nn.Module]:
         """Those with weights of their own, each of which is sharded by itself."""
         return [self.policy]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model, before its weights are loaded."""
+        if "state_dict" in checkpoint:  # sharded ones are loaded by themselves
+            check_same_weights(self, checkpoint["state_dict"], str(self.trainer.ckpt_path))
 
     def end_iteration(self, update_seconds: float) -> None:
         """Log the phases' seconds, which start anew, and the peaks of memory, of the rank that needs most."""

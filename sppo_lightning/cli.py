@@ -117,24 +117,24 @@ class SPPOCLI(LightningCLI):
         rank_zero_info(f"CPU threads: {torch.get_num_threads()}")
 
     def instantiate_classes(self) -> None:
-        """Build the components; an `InputError` of one of them comes out as it was raised."""
-        refusals: list[InputError] = []
+        """Build the components; what one of them raises comes out as it was raised."""
+        raised: list[Exception] = []
 
         def instantiate(class_type: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return class_type(*args, **kwargs)
-            except InputError as error:
-                refusals.append(error)
+            except Exception as error:
+                raised.append(error)
                 raise
 
         self.parser.add_instantiator(instantiate, object)
         try:
             super().instantiate_classes()
         except Exception:
-            if not refusals:
+            if not raised:
                 raise
             # jsonargparse has put it among the errors of the other types that the value might have had
-            raise refusals[0] from None
+            raise raised[0] from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what it refuses is told in one sentence."""

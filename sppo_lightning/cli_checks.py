@@ -1,4 +1,4 @@
-"""What is looked at before a run begins: numbers that would crash the process, and folders that cannot be written."""
+"""Looked at before a run begins: numbers that would crash the process, and folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_trainer(trainer: Trainer) -> None:
         cores, asked = os.cpu_count() or 1, trainer.num_devices
         if asked > max(cores, 2):  # two are for trying out
             raise InputError(
-                f"`trainer.devices`={asked} asks for more processes than there are CPU cores here; use {cores} or fewer."
+                f"`trainer.devices`={asked} is more processes than there are CPU cores here; use {cores} or fewer."
             )
     if trainer.val_check_interval == 0 and trainer.limit_val_batches:
         raise InputError(

@@ -1,9 +1,9 @@
 """What is told in one sentence, whoever raised it: all that fails before the first batch, full disks, full memory.
 
-A traceback is for who can mend code. So it is shown for whatever is raised once the run has begun, and wherever a file
-that is neither this package's nor an installed one has a part in it. Before that, what torch, transformers or datasets
-raise says that they cannot work with the settings, and memory and disks end at any time: then the user reads one
-sentence, which names a file with the traceback.
+A traceback is for who can mend code. So it is shown for whatever is raised once the run has begun, and wherever a
+file that is neither this package's nor an installed one has a part in it. Before that, what torch, transformers or
+datasets raise says that they cannot work with the settings, and memory and disks end at any time: then the user reads
+one sentence, which names a file with the traceback.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def _sentence(error: Exception, config: Any) -> str | None:
     reason = f"{type(error).__name__}: {shortened(str(error).split(chr(10))[0])}".rstrip(".:")
     where = _where(error.__traceback__, config)
     if is_out_of_memory(error):
-        return f"There is not enough memory for {where or 'this run'} ({reason}); lower its sizes"
+        return f"There is not enough memory for {where or 'this run'}; lower its sizes"
     if isinstance(error, OSError) and error.errno in _STORAGE:
         name = "" if error.filename is None else f" {error.filename}"
         return f"A file cannot be written or read:{name} ({error.strerror}); mend that, or choose another place"
     if any(frame.f_code.co_name == "_run_stage" for frame, _ in frames):  # Lightning's, from the first batch on
         return None
-    return f"{where or 'The command line'} cannot be used as it is set ({reason}); correct its settings"
+    return f"{where or 'This run'} cannot work as it is set ({reason}); correct its settings"
 
 
 def _where(trace: TracebackType | None, config: Any) -> str | None:

@@ -195,7 +195,9 @@ def _choose(splits: Mapping[str, Split], split: str | None, path: str) -> Split:
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split is None:
-        raise InputError(f"`path`={path} has the splits {shortened(', '.join(splits))}; set `split` to one of them.")
+        raise InputError(
+            f"`path`={path} has the splits {shortened(', '.join(splits))}; set `split` to one of them."
+        )
     if split not in splits:
         raise InputError(f"`split`={split} is not in {path}, which has {shortened(', '.join(splits))}.")
     return splits[split]

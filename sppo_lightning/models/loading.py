@@ -67,9 +67,10 @@ def read_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> 
         generic = get_tokenizer_config(name).get("tokenizer_class") in _GENERIC
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what files of another form lead to is of any kind
         raise InputError(
-            f"`{setting}`={name!r} holds no tokenizer that transformers can load ({error})."
+            f"`{setting}`={name!r} holds no tokenizer that transformers can load ({first_sentence(error)}); "
+            "give the folder or hub id of another."
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
         raise InputError(
@@ -137,12 +138,19 @@ def _refusal(pretrained: str | None, config: dict[str, Any] | None, setting: str
         for name, value in config.items():
             if re.search("layer|block|expert", str(name)) and isinstance(value, int) and value > _MOST_PARTS:
                 raise InputError(f"`{setting}.config.{name}`={value} is more than any model has; lower it.")
+            if name in ("num_hidden_layers", "n_layer") and value == 0:
+                raise InputError(f"`{setting}.config.{name}`=0 leaves no layer that reads; use 1 or more.")
         return (
             f"`{setting}.config.model_type`={model_type!r} cannot be built",
             "correct its values or use another family, such as qwen2",
         )
     if pretrained is not None:
         check_exists(pretrained, f"{setting}.pretrained")
+        if Path(pretrained, "adapter_config.json").is_file() and not Path(pretrained, "config.json").is_file():
+            raise InputError(
+                f"`{setting}.pretrained`={pretrained!r} holds adapters, not a model; give the folder of a whole "
+                "one, with adapters merged, as HFExport writes it."
+            )
         return (
             f"`{setting}.pretrained`={pretrained!r} cannot be loaded",
             "give the folder or hub id of another model, such as Qwen/Qwen2.5-1.5B",

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sppo_lightning.errors import InputError
-from sppo_lightning.models.adapters import LoRA, add_adapters
 from sppo_lightning.memory import is_out_of_memory
+from sppo_lightning.models.adapters import LoRA, add_adapters
 from sppo_lightning.models.loading import (
     compile_layers,
     first_sentence,
@@ -97,8 +97,9 @@ class PretrainedModule(nn.Module):
             if isinstance(error, InputError) or is_out_of_memory(error):
                 raise
             raise InputError(
-                f"`{self.setting}`={self.pretrained or self.config!r}: {type(self.model).__name__} cannot read three "
-                f"tokens ({first_sentence(error)}); correct its config."
+                f"`{self.setting}.{'pretrained' if self.config is None else 'config'}` makes a "
+                f"{type(self.model).__name__} that cannot read a few tokens ({first_sentence(error)}); correct its "
+                "sizes."
             ) from error
         if self.lora is not None:
             add_adapters(self.model, self.lora, self.setting, self.head_weights())
@@ -139,8 +140,8 @@ class PretrainedModule(nn.Module):
         rows, ids = len(self.model.get_input_embeddings().weight), len(self.tokenizer)
         if ids > rows:
             raise InputError(
-                f"`{self.setting}.tokenizer`={self.tokenizer_name!r} has {ids} tokens, and the model embeds {rows}; "
-                "give the tokenizer that belongs to it."
+                f"`{self.setting}.tokenizer`={self.tokenizer_name!r} has {ids} tokens, and the model embeds "
+                f"{rows}; give the tokenizer that belongs to it."
             )
 
     def _special_ids(self) -> dict[str, Any]:
