@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,7 +25,7 @@ from sppo_lightning.config_files import (
     split_arguments,
     with_unknown_as_null,
 )
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, shortened
 
 
 class Parser(LightningArgumentParser):
@@ -139,8 +140,8 @@ class SPPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what it refuses is told in one sentence."""
         settings = self._get(self.config, "trainer")
-        if settings is None:
-            raise InputError("`trainer`=null holds no settings; leave it out to have the defaults.")
+        if not isinstance(settings, Namespace):
+            raise InputError(f"`trainer`={shortened(settings)} must hold settings by name.")
         with told_in_one_sentence(settings["accelerator"]):
             trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer)

@@ -15,7 +15,7 @@ from sppo_lightning.cli_names import nearest_class, nearest_setting, options_of,
 from sppo_lightning.errors import shortened
 
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-_TYPES |= {"dict": "a mapping", "list": "a list"}
+_TYPES |= {"dict": "a mapping", "list": "a list", "tuple": "a list"}
 
 
 @dataclass
@@ -80,9 +80,11 @@ def _read(message: str) -> list[_Problem]:
     """The lines of `message` that say what is wrong, each with what it is about."""
     scopes: list[_Scope] = []
     problems: list[_Problem] = []
-    for line in message.splitlines():
+    for number, line in enumerate(message.split("\n")):
         text = line.lstrip(" -")
         column = len(line) - len(text)
+        if number and not column:  # the second line of a value
+            continue
         if text.startswith("Given value: ") and (union := [s for s in scopes if s.column == column]):
             union[-1].value = text.removeprefix("Given value: ")
             continue
@@ -160,6 +162,10 @@ def _not_a_subclass(problem: _Problem, parser: ArgumentParser, class_path: str, 
     return f"`class_path`={class_path} is not a {base}, which `{_place(problem)}` takes; {way_out}."
 
 
+def _another_class(problem: _Problem, parser: ArgumentParser, only: str, class_path: str) -> str:
+    return f"`class_path`={class_path} is not {only}, which alone `{_place(problem)}` takes; leave the `class_path` out."
+
+
 def _abstract(problem: _Problem, parser: ArgumentParser, class_path: str) -> str:
     near = nearest_class(class_path, class_path.rpartition(".")[2])
     way_out = f"use one of its subclasses, such as {near}" if near else "use one of its subclasses"
@@ -203,6 +209,7 @@ _TELLERS: list[tuple[str, Any]] = [
     (r'Parser key "(.+)": Unable to load config "(.*)"', _no_mapping),
     (r"Not of type (Path): expected str, .*not (\w+)$", _no_text),
     (r"Import path (\S+) does not correspond to a subclass of (\w+)$", _not_a_subclass),
+    (r"Subclasses are disabled for (\w+), thus '(.+?)'", _another_class),
     (r"Expected an instantiatable class, but (\S+) is abstract$", _abstract),
     (r"the following arguments are required: (.+)$", _required),
     (r'expected "subcommand" to be one of \{(.+)\}', _no_command),

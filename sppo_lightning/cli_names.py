@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Collection
 from importlib import import_module
 
@@ -15,7 +16,7 @@ _PACKAGES = (
     *(f"sppo_lightning.{name}" for name in ("advantages", "callbacks", "data", "engines", "models", "objectives")),
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies")),
 )
-_FOR_THE_COMMAND_LINE = ("help", "config", "print_config", "==SUPPRESS==")
+_FOR_THE_COMMAND_LINE = re.compile(r"(^|\.)(help|config|print_config|==SUPPRESS==)$")
 
 
 def settings_of(class_path: str) -> list[str]:
@@ -28,7 +29,7 @@ def settings_of(class_path: str) -> list[str]:
 
 def options_of(parser: ArgumentParser) -> list[str]:
     """The settings of a parser, dotted for those of a group."""
-    return [action.dest for action in parser._actions if action.dest not in _FOR_THE_COMMAND_LINE]
+    return [action.dest for action in parser._actions if not _FOR_THE_COMMAND_LINE.search(action.dest)]
 
 
 def nearest_setting(name: str, known: Collection[str], few: int = 12) -> str:
@@ -48,7 +49,7 @@ def nearest_class(class_path: str, base: str | None) -> str | None:
     for package in dict.fromkeys((module, *_PACKAGES)):
         try:
             loaded = import_module(package)
-        except (ImportError, ValueError):
+        except Exception:  # whatever a module that somebody named raises
             continue
         for entry in getattr(loaded, "__all__", vars(loaded)):
             found = getattr(loaded, entry, None)

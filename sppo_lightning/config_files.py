@@ -93,10 +93,12 @@ def check_components(node: Any, place: str = "") -> None:
             check_components(item, place)
     elif isinstance(node, Mapping):
         where = f" (in `{place}`)" if place else ""
-        class_path, settings = node.get("class_path", "x"), node.get("init_args", {})
+        class_path, settings = node.get("class_path", "it"), node.get("init_args", {})
         if not (isinstance(class_path, str) and re.fullmatch(r"\w+(\.\w+)*", class_path)):
-            raise InputError(f"`class_path`={class_path!r}{where} is no dotted name of a class; correct it.")
-        if "class_path" in node and not isinstance(settings, Mapping):
+            raise InputError(
+                f"`class_path`={shortened(repr(class_path))}{where} is no dotted name of a class; correct it."
+            )
+        if not isinstance(settings, Mapping):
             raise InputError(
                 f"`init_args`={shortened(settings)} of {class_path}{where} must hold settings by name; leave it "
                 "out where there are none."
@@ -110,6 +112,9 @@ def with_unknown_as_null(node: Any, known: Collection[str] | None = None) -> Any
     """The config with null for each empty mapping that is no setting, which the parser would pass over.
 
     `known` are the settings that `node` may have, dotted for those of a group; None where anything goes.
+
+    Raises:
+        InputError: For a group of settings that holds none, which the parser would find out too late.
     """
     if isinstance(node, list):
         return [with_unknown_as_null(item) for item in node]
@@ -119,11 +124,12 @@ def with_unknown_as_null(node: Any, known: Collection[str] | None = None) -> Any
         settings = node.get("init_args")
         if not isinstance(settings, Mapping):
             return node
-        names = _settings_of(node) if {} in settings.values() else None
-        return {**node, "init_args": with_unknown_as_null(settings, names)}
+        return {**node, "init_args": with_unknown_as_null(settings, _settings_of(node))}
     visible = {}
     for key, value in node.items():
         inner = [name.removeprefix(f"{key}.") for name in known or () if name.startswith(f"{key}.")]
+        if inner and not isinstance(value, Mapping | str):  # text is the name of a file with them
+            raise InputError(f"`{key}`={shortened(value)} must hold settings by name, such as `{inner[0]}`.")
         unknown = known is not None and key not in known and not inner
         visible[key] = None if value == {} and unknown else with_unknown_as_null(value, inner or None)
     return visible

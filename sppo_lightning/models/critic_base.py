@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from sppo_lightning.models.policy import CausalLMPolicy
 from sppo_lightning.models.pretrained import PretrainedModule
 
 
-class Critic(PretrainedModule):
+class Critic(PretrainedModule, ABC):
     """Predicts rewards; what its outputs mean (a logit, a value) is for its loss to say.
 
     Any causal language model serves, of any size and family. A value head that `pretrained` brings along, as the

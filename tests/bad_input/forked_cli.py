@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+from huggingface_hub import constants
+
 from sppo_lightning.cli import main
 
 MEMORY = 6 * 2**30  # bytes of address space
@@ -61,7 +64,7 @@ def _become(arguments: Sequence[str], folder: Path, said: Path) -> None:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="backslashreplace") for number in (1, 2))
         sys.argv = ["sppo_lightning"]
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
         os.chdir(folder)
         main(list(arguments))
         status = 0

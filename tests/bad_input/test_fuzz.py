@@ -1,6 +1,7 @@
 """Configs and data that were changed at random: the run ends well, or with one sentence, and in time."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,8 +10,10 @@ import pytest
 import yaml
 from forked_cli import Outcome, run
 from hypothesis import HealthCheck, Phase, given, settings
-from mutations import WHOLE, configs, data
+from mutations import CHANGES, WHOLE, configs, data
 from tiny_config import write_files
+
+from sppo_lightning.cli import main
 
 FIT = ("fit", "--config=config.yaml")
 
@@ -20,7 +23,9 @@ def ran(*arguments: str, config: bytes | None = None, rows: bytes | None = None)
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_files({}, folder=folder)
-        given = {"config.yaml": config or yaml.safe_dump(WHOLE).encode()} | ({} if rows is None else {"train.jsonl": rows})
+        given = {"config.yaml": config or yaml.safe_dump(WHOLE).encode()} | (
+            {} if rows is None else {"train.jsonl": rows}
+        )
         for file, content in given.items():
             (folder / file).write_bytes(content)
         outcome = run(arguments, folder)
@@ -47,6 +52,17 @@ def few(count: int) -> Callable[..., None]:
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the command imports on its way, once for all children."""
+    folder = tmp_path_factory.mktemp("warm")
+    write_files(CHANGES, folder=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["sppo_lightning"])
+        main(FIT)
 
 
 def test_what_is_changed_works_unchanged() -> None:
