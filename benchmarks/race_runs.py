@@ -145,7 +145,7 @@ class Run:
         }
         overlay = [] if self.method.overlay is None else [read(str(BASELINES / f"{self.method.overlay}.yaml"))]
         merged: Any = merge([read(str(QUICKSTART / "sppo.yaml")), *overlay, race])
-        unwanted = ("SampleLog", "ModelCheckpoint", "CriticCalibration", "RichProgress")
+        unwanted = ("SampleLog", "Checkpoint", "CriticCalibration", "RichProgress")
         callbacks = merged["trainer"]["callbacks"]
         merged["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(unwanted)]
         return yaml.safe_load(yaml.safe_dump(merged).replace("runs/quickstart/warm_start/model", model))

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.callbacks import RunSummary
-from sppo_lightning.callbacks.initial_validation import validate_in_fit
 from sppo_lightning.memory import peak_memory
+from sppo_lightning.resuming import validate_in_fit
 
 
 class TimedValidation(Callback):

@@ -1,6 +1,9 @@
 """The pipeline's stages and everything a user adds to it."""
 
+from sppo_lightning.callbacks.checkpoint import Checkpoint
 from sppo_lightning.callbacks.code_verifier import CodeVerifier
+from sppo_lightning.callbacks.collapse_monitor import CollapseMonitor
+from sppo_lightning.callbacks.completion_log import CompletionLog
 from sppo_lightning.callbacks.completion_writer import CompletionWriter
 from sppo_lightning.callbacks.critic_calibration import CriticCalibration
 from sppo_lightning.callbacks.dynamic_sampling import DynamicSampling
@@ -23,7 +26,10 @@ from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
 
 __all__ = [
+    "Checkpoint",
     "CodeVerifier",
+    "CollapseMonitor",
+    "CompletionLog",
     "CompletionWriter",
     "CriticCalibration",
     "DynamicSampling",

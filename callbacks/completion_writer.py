@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sppo_lightning.batch import PromptBatch, Rollouts
-from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.callbacks.completions import completion_rows, completion_schema
 from sppo_lightning.errors import InputError
 from sppo_lightning.pipeline import check_requirements
 
@@ -46,10 +45,8 @@ class CompletionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part of the file."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        verifiers = [callback.name for callback in callbacks if isinstance(callback, Verifier)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = self._open(self._part_path(trainer.global_rank), _schema(verifiers))
+        self._part = self._open(self._part_path(trainer.global_rank), completion_schema(trainer))
 
     def on_predict_batch_end(
         self,
@@ -102,33 +99,6 @@ class CompletionWriter(Callback):
                 part.unlink()
             first = whole
         first.replace(self.path)  # atomic, so a reader never sees half a file
-
-
-def completion_rows(rollouts: Rollouts) -> list[dict[str, Any]]:
-    """One dict for each response, as the file holds it."""
-    tokens = rollouts.response_mask.sum(dim=1).long().tolist()
-    numbers = {"reward": rollouts.rewards.tolist()}
-    numbers |= {f"score/{name}": scores.values.tolist() for name, scores in rollouts.scores.items()}
-    return [
-        {
-            "dataset": prompt.dataset,
-            "row": prompt.row,
-            "prompt": prompt.text,
-            "response": rollouts.responses[i],
-            "gold": prompt.gold,
-            "finish_reason": rollouts.finish_reasons[i],
-            "response_tokens": tokens[i],
-            **{name: None if math.isnan(values[i]) else values[i] for name, values in numbers.items()},
-        }
-        for i, prompt in enumerate(rollouts.prompts)
-    ]
-
-
-def _schema(verifiers: list[str]) -> pa.Schema:
-    text = ["prompt", "response", "gold", "finish_reason"]
-    fields = [("dataset", pa.string()), ("row", pa.int64()), *((name, pa.string()) for name in text)]
-    fields += [("response_tokens", pa.int64()), ("reward", pa.float32())]
-    return pa.schema([*fields, *((f"score/{name}", pa.float32()) for name in verifiers)])
 
 
 class _Part(Protocol):

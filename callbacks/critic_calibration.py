@@ -12,11 +12,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sppo_lightning.calibration import reliability_bins
-from sppo_lightning.callbacks.run_summary import plain, replace_file
+from sppo_lightning.callbacks.run_summary import plain
 from sppo_lightning.callbacks.sample_log import tensorboard_loggers
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import ProblemTable
 from sppo_lightning.figures import calibration_figure
+from sppo_lightning.files import replace_file
 
 
 class CriticCalibration(Callback):

@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from sppo_lightning.callbacks.run_summary import plain, replace_file
+from sppo_lightning.callbacks.run_summary import plain
 from sppo_lightning.callbacks.sample_log import escape, markdown_table, shorten, tensorboard_loggers
+from sppo_lightning.files import replace_file
 
 _MAX_CHARACTERS = 1000  # of a prompt or a response in TensorBoard
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from sppo_lightning.callbacks.hacking_checks import run_checks
 from sppo_lightning.callbacks.hacking_examples import write_examples
 from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.errors import InputError
+from sppo_lightning.folders import run_folder, save_to_go_on_from
 from sppo_lightning.pipeline import Stage
 from sppo_lightning.ranks import gather_objects
 from sppo_lightning.suspicion import Record, means, merge, suspects, worst
@@ -111,7 +111,7 @@ class HackingMonitor(Stage):
                 )
         for check in self.checks:
             check.setup(trainer, pl_module, stage)
-        self._folder = self.path or Path(trainer.log_dir or trainer.default_root_dir)  # asked for on every rank
+        self._folder = self.path or Path(run_folder(trainer))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End what the checks hold."""
@@ -251,9 +251,7 @@ class HackingMonitor(Stage):
         if not self._must_stop:
             return
         self._must_stop = False
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or self._folder
-        file = os.path.join(folder, f"alarm-step={trainer.global_step}.ckpt")  # the folder may be a URL
-        trainer.save_checkpoint(file)  # on every rank, each of which has part of a sharded model
+        file = save_to_go_on_from(trainer, f"alarm-step={trainer.global_step}.ckpt", str(self._folder))
         trainer.should_stop = True
         rank_zero_warn(
             f"HackingMonitor stops the run; after a look at the examples, go on with `--ckpt_path {file}`, where "

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import by_dataset
+from sppo_lightning.resuming import validate_in_fit
 
 
 class InitialValidation(Callback):
@@ -64,13 +65,3 @@ class InitialValidation(Callback):
                 f"{self.min_pass_rate:g}, so that reinforcement would find next to nothing to learn from; "
                 "warm-start it longer and point `model.policy.pretrained` to the result, or lower the floor."
             )
-
-
-def validate_in_fit(trainer: Trainer) -> None:
-    """Run the validation loop in the middle of `fit`, with the state changes that Lightning's own makes."""
-    connector = trainer._logger_connector
-    first_iteration = connector._first_loop_iter
-    trainer.validating = True  # picks the loop that `self.log` writes to
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first_iteration

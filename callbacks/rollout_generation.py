@@ -46,6 +46,7 @@ class RolloutGeneration(Stage):
 
     provides = frozenset({"rollouts"})
     phase = "rollout"
+    rewinds = True  # its state is that from before the batch at hand
 
     def __init__(
         self,
@@ -160,6 +161,8 @@ class RolloutGeneration(Stage):
         rollouts = batch.rollouts
         if rollouts is None:  # supervised learning samples nothing
             return
+        if self._ahead is not None:
+            self._ahead.learned()
         # the speed counts all that was sampled: greedy responses, and those that were replaced
         ages = torch.cat(self._ages)
         row = [float(rollouts.response_mask.sum()), rollouts.finish_reasons.count("length"), len(rollouts)]

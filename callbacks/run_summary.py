@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
 from sppo_lightning.batch import PromptBatch
-from sppo_lightning.callbacks.initial_validation import validate_in_fit
 from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.figures import learning_curve
+from sppo_lightning.files import replace_file
 from sppo_lightning.memory import peak_memory
+from sppo_lightning.resuming import validate_in_fit
 
 PHASES = ("rollout", "verify", "update", "validation")
 
@@ -285,10 +285,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then move over it: readers find the old file or the new one, never half of one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    write(draft)
-    draft.replace(path)

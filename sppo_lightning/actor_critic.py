@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from sppo_lightning.warmup import CriticWarmup
 class ActorCritic(PolicyModule):
     """Builds, optimizes and checkpoints policy, critic and reference; `SPPOModule` says what they learn."""
 
-    with_state: ClassVar[tuple[str, ...]] = ("critic_warmup", "critic_replay")  # saved, besides the modules
+    with_state = (*PolicyModule.with_state, "critic_warmup", "critic_replay")
 
     def __init__(
         self,
@@ -40,8 +40,9 @@ class ActorCritic(PolicyModule):
         critic_optimizer: GroupOptimizer,
         lr_schedule: Schedule,
         micro_batch_tokens: int,
+        max_skipped_updates: int | None,
     ) -> None:
-        super().__init__(policy)
+        super().__init__(policy, max_skipped_updates)
         self.critic = critic
         self.critic_objective = critic_objective
         self.critic_warmup = critic_warmup
@@ -52,6 +53,7 @@ class ActorCritic(PolicyModule):
         self.critic_optimizer = critic_optimizer
         self.lr_schedule = lr_schedule
         self.micro_batch_tokens = micro_batch_tokens
+        self.last_figures: dict[str, Any] = {}  # what the last iteration logged, without what only older ones did
 
     @property
     def needs_reference(self) -> bool:
@@ -199,17 +201,11 @@ class ActorCritic(PolicyModule):
         self.reference_version = self.trainer.global_step if mix == 1 else -1
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what decides the future and is no tensor of a module."""
+        """Save the reference's version too."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["reference_version"] = self.reference_version
-        for name in self.with_state:
-            state = None if getattr(self, name) is None else getattr(self, name).state_dict()
-            if state:
-                checkpoint[name] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         super().on_load_checkpoint(checkpoint)
         self.reference_version = checkpoint.get("reference_version", 0)
-        for name in self.with_state:
-            if getattr(self, name) is not None and name in checkpoint:
-                getattr(self, name).load_state_dict(checkpoint[name])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 import rich
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.batching import MicroRows, micro_batches
+from sppo_lightning.checkpoints import AtomicCheckpointIO
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
@@ -22,7 +27,11 @@ from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.models.same_weights import check_same_weights
 from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
+from sppo_lightning.phases import Watch, phase
 from sppo_lightning.pipeline import check_requirements
+from sppo_lightning.record import RunRecord
+from sppo_lightning.resuming import ResumableModule
+from sppo_lightning.skipping import Attempt, SkippedUpdates
 
 _REPLACED = {  # trainer settings that manual optimization ignores, and what does their work here
     "gradient_clip_val": "max_grad_norm` of `model.policy_optimizer` and `model.critic_optimizer",
@@ -30,7 +39,7 @@ _REPLACED = {  # trainer settings that manual optimization ignores, and what doe
 }
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(ResumableModule):
     """A LightningModule with a policy; validates, tests and predicts through the pipeline's stages.
 
     `phase_seconds` holds the seconds of the current iteration by phase, which stages add to.
@@ -39,11 +48,16 @@ class PolicyModule(LightningModule):
     automatic_optimization = False
     micro_batch_tokens: int  # token budget of one forward and backward on one rank, padding included
     needs_in_fit: frozenset[str] = frozenset()  # what the stages must provide for `training_step`
+    with_state: ClassVar[tuple[str, ...]] = ("skipped_updates",)  # saved, besides the modules
 
-    def __init__(self, policy: CausalLMPolicy) -> None:
+    def __init__(self, policy: CausalLMPolicy, max_skipped_updates: int | None = 5) -> None:
         super().__init__()
         self.policy = policy
+        self.skipped_updates = SkippedUpdates(max_skipped_updates)
         self.evaluation = Evaluation()
+        self._watch: Watch | None = None
+        self.record = RunRecord()
+        self.run_config: str | None = None  # the whole config as YAML, where the command line runs it
         self.phase_seconds: dict[str, float] = {}
         self.last_phase_seconds: dict[str, float] = {"rollout": 0.0, "verify": 0.0, "update": 0.0}
 
@@ -67,12 +81,25 @@ class PolicyModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Check that the stages provide what this stage of the run needs."""
+        """Check that the stages provide what this stage of the run needs; let no checkpoint be half-written."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit":
+            self.record.describe(self.trainer)
         needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
         if stage == "predict":
             needs = frozenset({"rollouts"})
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         check_requirements(needs, callbacks, callbacks, "the module")
+        if self.trainer.world_size > 1:
+            timeout = getattr(self.trainer.strategy, "_timeout", None) or default_pg_timeout
+            self._watch = Watch(timeout.total_seconds(), rank_zero_warn)
+
+    def teardown(self, stage: str) -> None:
+        """End what was begun in `setup`."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def configure_model(self) -> None:
         """Load the weights, and shard them where the strategy says so; called by Lightning before all else."""
@@ -91,13 +118,9 @@ class PolicyModule(LightningModule):
         """Those with weights of their own, each of which is sharded by itself."""
         return [self.policy]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, before its weights are loaded."""
-        if "state_dict" in checkpoint:  # sharded ones are loaded by themselves
-            check_same_weights(self, checkpoint["state_dict"], str(self.trainer.ckpt_path))
-
-    def end_iteration(self, update_seconds: float) -> None:
-        """Log the phases' seconds, which start anew, and the peaks of memory, of the rank that needs most."""
+    def end_iteration(self, samples: int, update_seconds: float) -> None:
+        """Count what this rank has learned from; log phases, which start anew, and the largest peaks of memory."""
+        self.record.count(self.trainer, samples)
         seconds = {"rollout": 0.0, "verify": 0.0, **self.phase_seconds, "update": update_seconds}
         total = max(sum(seconds.values()), 1e-9)
         self.log_dict({f"time/{phase}": value for phase, value in seconds.items()})
@@ -106,18 +129,23 @@ class PolicyModule(LightningModule):
         largest = torch.tensor(list(peaks.values()), device=self.device)
         largest = self.trainer.strategy.reduce(largest, reduce_op="max")
         self.log_dict({f"memory/{name}": value for name, value in zip(peaks, largest.tolist(), strict=True)})
-        self.last_phase_seconds, self.phase_seconds = seconds, {}
+        self.log("update/skipped", float(self.skipped_updates.lately))
+        self.last_phase_seconds, self.phase_seconds, self.skipped_updates.lately = seconds, {}, 0
 
-    def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]]) -> dict[str, Tensor]:
-        """Clip each module's gradient, take one step, advance the schedule; the norms before clipping.
+    def step_optimizer(self, modules: dict[str, tuple[nn.Module, GroupOptimizer]], attempt: Attempt) -> bool:
+        """Clip each module's gradient, take one step, advance the schedule; count the norms before clipping.
 
-        A parameter group that is not among `modules` stays as it is.
+        A parameter group that is not among `modules` stays as it is. Where a number of the attempt or a norm is not
+        finite, on any rank, all stays as it is, and the answer is False.
         """
         norms = {
             name: whole(nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm))
             for name, (module, settings) in modules.items()
         }
         optimizer: Any = self.optimizers()
+        if not self.skipped_updates.lets_through(attempt, norms, self.trainer):
+            optimizer.zero_grad()
+            return False
         for group in optimizer.param_groups:
             if group["name"] not in modules:
                 for parameter in group["params"]:
@@ -126,7 +154,9 @@ class PolicyModule(LightningModule):
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        return norms
+        for name, norm in norms.items():
+            attempt.add(f"{name}/grad_norm", norm)
+        return True
 
     def in_step(self, *groupings: Sequence[list[int]]) -> Iterator[tuple[list[MicroRows], float, bool]]:
         """One backward (or forward) after the other, as many on every rank, for collectives to meet.
@@ -155,6 +185,32 @@ class PolicyModule(LightningModule):
         with strategy.block_backward_sync() if quiet else nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss * self.trainer.world_size)
 
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        """Stop here, where a checkpoint resumes exactly, if too many updates in a row were skipped."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.skipped_updates.stop_if_too_many(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what decides the future and is no tensor of a module, and what the run is and has come to."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["record"] = asdict(self.record)
+        if self.run_config is not None:
+            checkpoint["config"] = self.run_config
+        for name in self.with_state:
+            state = None if getattr(self, name) is None else getattr(self, name).state_dict()
+            if state:
+                checkpoint[name] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; refuse the checkpoint of another model, before its weights are loaded."""
+        super().on_load_checkpoint(checkpoint)
+        if "state_dict" in checkpoint:  # sharded ones are loaded by themselves
+            check_same_weights(self, checkpoint["state_dict"], str(self.trainer.ckpt_path))
+        self.record.resume(RunRecord(**checkpoint.get("record", {})))
+        for name in self.with_state:
+            if getattr(self, name) is not None and name in checkpoint:
+                getattr(self, name).load_state_dict(checkpoint[name])
+
     def foreseeing(self, batch: PromptBatch) -> AbstractContextManager[None]:
         """Surrounds the sampling of the batch's responses, for what can be worked out meanwhile."""
         return nullcontext()
@@ -163,6 +219,7 @@ class PolicyModule(LightningModule):
         """The critic's chance of success for each prompt, `[B]`; None without a critic."""
         return None
 
+    @phase("validation")
     def _evaluate(self, batch: PromptBatch, dataloader_idx: int) -> None:
         values = self.prompt_values(batch)  # of an empty batch too: a sharded critic needs all ranks
         if not len(batch):
@@ -186,12 +243,14 @@ class PolicyModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log avg@k and pass@k of every validation set."""
+        super().on_validation_epoch_end()
         self._report()
 
     def on_test_epoch_end(self) -> None:
         """Log avg@k and pass@k of every test set."""
         self._report()
 
+    @phase("validation")
     def _report(self) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         loaders = self.trainer.num_val_batches if self.trainer.validating else self.trainer.num_test_batches
@@ -204,6 +263,8 @@ class PolicyModule(LightningModule):
         metrics = self.evaluation.report(names)
         self.evaluation.reset()
         self.phase_seconds = {}
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.record.validation = metrics
         self.log_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()})
         if self.trainer.state.fn != TrainerFn.FITTING and self.trainer.is_global_zero and metrics:
             rich.get_console().print(metric_table(metrics, "Test" if self.trainer.testing else "Validation"))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.cli_checks import check_process, check_trainer
-from sppo_lightning.cli_errors import sentence
+from sppo_lightning.cli_export import export_checkpoint
 from sppo_lightning.cli_failures import failures_told
 from sppo_lightning.cli_names import options_of
+from sppo_lightning.cli_parser import Parser
 from sppo_lightning.cli_trainer import check_checkpoint, told_in_one_sentence
 from sppo_lightning.config_files import (
     as_text,
@@ -26,30 +27,20 @@ from sppo_lightning.config_files import (
     with_unknown_as_null,
 )
 from sppo_lightning.errors import InputError, shortened
+from sppo_lightning.masking import masked_text
 
 
-class Parser(LightningArgumentParser):
-    """Refuses a setting with one sentence and status 2, without the usage; takes text for text."""
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole config to the log's folder, and gives it to the module, whose checkpoints hold it."""
 
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add a class's settings, of which those that may be text are not read as the path of a config."""
-        added = super().add_class_arguments(*args, **kwargs)
-        for action in self._actions:
-            # otherwise `data.train: train.csv` is replaced by what the file holds
-            if getattr(action, "_enable_path", False) and action._is_valid_string(""):  # type: ignore[attr-defined]
-                action._enable_path = False  # type: ignore[attr-defined]
-        return added
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what cannot be used and the nearest that can, and exit."""
-        if not self.exit_on_error:  # a component's own parser, whose message becomes part of this one's
-            super().error(message, ex)
-        sys.stderr.write(f"error: {sentence(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
-        self.exit(2)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`, and note the same text in the module."""
+        super().setup(trainer, pl_module, stage)
+        pl_module.run_config = self.parser.dump(self.config, skip_unset=False)
 
 
 class SPPOCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` with any module, data module and callbacks."""
+    """`fit`, `validate`, `test` and `predict` with any components; `export` of a checkpoint."""
 
     def __init__(self, *components: Any, **settings: Any) -> None:
         words = sys.argv[1:] if settings.get("args") is None else settings["args"]
@@ -57,13 +48,23 @@ class SPPOCLI(LightningCLI):
         with failures_told(self):
             super().__init__(*components, **settings)
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Lightning's commands, and the one that needs no trainer."""
+        super()._add_subcommands(parser, **kwargs)
+        settings = Parser(description="Write the models of a checkpoint as Hugging Face folders.")
+        settings.add_function_arguments(export_checkpoint)
+        self._subcommand_parsers["export"] = settings
+        action: Any = parser._subcommands_action
+        action.add_subcommand("export", settings, help=settings.description)
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """The command's parser, without its settings where another command is asked for: they take time to add."""
-        asked = self.subcommands().keys() & set(self.arguments or ())
+        asked = {*self.subcommands(), "export"} & set(self.arguments or ())
         if not asked or subcommand in asked:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
             if subcommand in ("validate", "test"):
                 parser.set_defaults(verbose=False)  # the module prints a table with a column per data set
+            parser.set_defaults(weights_only=True)  # Lightning would let a checkpoint from the network run code
             return parser
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
@@ -105,37 +106,24 @@ class SPPOCLI(LightningCLI):
         if settings is not None and settings.get("ckpt_path"):
             check_checkpoint(settings["ckpt_path"], settings.get("weights_only"))
 
-    def _set_seed(self) -> None:
-        """Set the seed, if it is one."""
-        check_process(self._get(self.config, "threads"), self._get(self.config, "seed_everything"))
-        super()._set_seed()
-
-    def before_instantiate_classes(self) -> None:
-        """Settle the number of threads, and say it: on shared cores two can be slower than one."""
+    def _settle_threads(self) -> None:
+        """Say how many threads compute: on shared cores two can be slower than one."""
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
         rank_zero_info(f"CPU threads: {torch.get_num_threads()}")
 
+    def _set_seed(self) -> None:
+        """Seed all that is random, by what is a seed; an export is not."""
+        if self.subcommand != "export":
+            check_process(self._get(self.config, "threads"), self._get(self.config, "seed_everything"))
+            super()._set_seed()
+
     def instantiate_classes(self) -> None:
-        """Build the components; what one of them raises comes out as it was raised."""
-        raised: list[Exception] = []
-
-        def instantiate(class_type: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return class_type(*args, **kwargs)
-            except Exception as error:
-                raised.append(error)
-                raise
-
-        self.parser.add_instantiator(instantiate, object)
-        try:
+        """Build the components; an export needs none of them but the module."""
+        if self.subcommand != "export":
+            self._settle_threads()
             super().instantiate_classes()
-        except Exception:
-            if not raised:
-                raise
-            # jsonargparse has put it among the errors of the other types that the value might have had
-            raise raised[0] from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what it refuses is told in one sentence."""
@@ -149,6 +137,9 @@ class SPPOCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; what the trainer refuses is told in one sentence."""
+        if subcommand == "export":
+            export_checkpoint(**self.config[subcommand].as_dict())
+            return
         with told_in_one_sentence():
             super()._run_subcommand(subcommand)
 
@@ -167,6 +158,7 @@ def command_line(args: Any = None, run: bool = True) -> SPPOCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         parser_class=Parser,
@@ -181,5 +173,5 @@ def main(args: Any = None) -> None:
     try:
         command_line(args)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {masked_text(str(error))}\n")
         sys.exit(2)

@@ -163,7 +163,7 @@ def _not_a_subclass(problem: _Problem, parser: ArgumentParser, class_path: str, 
 
 
 def _another_class(problem: _Problem, parser: ArgumentParser, only: str, class_path: str) -> str:
-    return f"`class_path`={class_path} is not {only}, which alone `{_place(problem)}` takes; leave the `class_path` out."
+    return f"`class_path`={class_path} is not {only}, which alone `{_place(problem)}` takes; leave it out."
 
 
 def _abstract(problem: _Problem, parser: ArgumentParser, class_path: str) -> str:
@@ -181,7 +181,9 @@ def _required(problem: _Problem, parser: ArgumentParser, names: str) -> str:
     if class_path:
         what = f"{class_path}{_in(outer)} needs {' and '.join(wanted)}"
         return f"{what}, which {'are' if several else 'is'} not set; add {'them' if several else 'it'}."
-    return f"{' and '.join(wanted)} {'are' if several else 'is'} not set; name a config with `--config`."
+    config = {"`data`", "`model`"} & {*wanted}
+    way_out = "name a config with `--config`" if config else "see --help for what there is"
+    return f"{' and '.join(wanted)} {'are' if several else 'is'} not set; {way_out}."
 
 
 def _no_command(problem: _Problem, parser: ArgumentParser, commands: str) -> str:

@@ -1,9 +1,9 @@
 """What is told in one sentence, whoever raised it: all that fails before the first batch, full disks, full memory.
 
-A traceback is for who can mend code. So it is shown for whatever is raised once the run has begun, and wherever a
-file that is neither this package's nor an installed one has a part in it. Before that, what torch, transformers or
-datasets raise says that they cannot work with the settings, and memory and disks end at any time: then the user reads
-one sentence, which names a file with the traceback.
+A traceback is for who can mend code. So it is shown for whatever is raised once the run has begun, and wherever
+a file that is neither this package's nor an installed one has a part in it. Before that, what torch, transformers
+or datasets raise says that they cannot work with the settings, and memory and disks end at any time: then the user
+reads one sentence, which names a file with the traceback.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from sppo_lightning.errors import InputError, shortened
+from sppo_lightning.masking import masked_text
 from sppo_lightning.memory import is_out_of_memory
 
 _OUR_FOLDER = str(Path(__file__).parent)
@@ -83,7 +84,7 @@ def _places(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def _kept(error: Exception) -> str:
     """Where the traceback is."""
-    text = "".join(traceback.format_exception(error))
+    text = masked_text("".join(traceback.format_exception(error)))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="sppo_lightning_", suffix=".txt", delete=False) as file:
             file.write(text)

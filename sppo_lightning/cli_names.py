@@ -16,7 +16,7 @@ _PACKAGES = (
     *(f"sppo_lightning.{name}" for name in ("advantages", "callbacks", "data", "engines", "models", "objectives")),
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies")),
 )
-_FOR_THE_COMMAND_LINE = re.compile(r"(^|\.)(help|config|print_config|==SUPPRESS==)$")
+_NO_SETTING = re.compile(r"(^|\.)(help|==SUPPRESS==)$")
 
 
 def settings_of(class_path: str) -> list[str]:
@@ -24,12 +24,16 @@ def settings_of(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
-    return options_of(parser)
+    return _settings(parser)
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """The settings of a parser, dotted for those of a group."""
-    return [action.dest for action in parser._actions if not _FOR_THE_COMMAND_LINE.search(action.dest)]
+    """The settings of a command's parser that a config may hold, dotted for those of a group."""
+    return [name for name in _settings(parser) if name not in ("config", "print_config")]
+
+
+def _settings(parser: ArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions if not _NO_SETTING.search(action.dest)]
 
 
 def nearest_setting(name: str, known: Collection[str], few: int = 12) -> str:

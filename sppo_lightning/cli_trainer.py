@@ -18,10 +18,12 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from sppo_lightning.checkpoint_search import flaw, looks_like_checkpoint, newest_whole
 from sppo_lightning.errors import InputError
 
 _OUR_FOLDER = str(Path(__file__).parent)
 _ITS_FOLDER = str(Path(lightning.__file__).parent)
+UNSAFE = "holds objects beside numbers and text, which may run code when they are loaded"
 _BY_WORD = ("best", "last", "hpc")  # checkpoints that Lightning finds by itself
 
 
@@ -35,6 +37,8 @@ def told_in_one_sentence(accelerator: Any = None) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except pickle.UnpicklingError as error:  # of a checkpoint that Lightning found by itself
+        raise InputError(f"The checkpoint {UNSAFE}; set `--weights_only=false` if you trust it.") from error
     except (MisconfigurationException, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
         if not _is_refusal(error):
             raise
@@ -73,16 +77,29 @@ def check_checkpoint(name: str, weights_only: bool | None = None) -> None:
     path = Path(name).expanduser()
     if name in _BY_WORD or re.match(r"\w+:", name):
         return
-    if path.is_dir():
-        if not (path / "meta.pt").is_file():  # that of sharded weights
-            raise InputError(f"`--ckpt_path`={name} is a folder, not a checkpoint{_newest(path)}.")
-    elif not path.exists():
-        raise InputError(f"`--ckpt_path`={name} does not exist{_nearest(path)}.")
-    elif "pytorch-lightning_version" not in _contents(path, weights_only):
+    check_exists(path, "--ckpt_path")
+    if path.is_file() and not is_of_a_run(_contents(path, weights_only)):
         raise InputError(
             f"`--ckpt_path`={name} is not a checkpoint of a run; give a file that ModelCheckpoint wrote, or start "
             "from a model's weights with `--model.policy.pretrained`."
         )
+
+
+def check_exists(path: Path, setting: str) -> None:
+    """Raise `InputError` where there is neither a file nor the folder of a sharded checkpoint, or half of one."""
+    if not path.exists():
+        raise InputError(f"`{setting}`={path} does not exist{_nearest(path)}.")
+    if path.is_dir() and not looks_like_checkpoint(path):
+        raise InputError(f"`{setting}`={path} is a folder, not a checkpoint{_newest(path)}.")
+    if looks_like_checkpoint(path) and (lack := flaw(path)):
+        whole, _ = newest_whole(path.parent)
+        way_out = f"the newest whole one beside it is {whole}" if whole else "there is no whole one beside it"
+        raise InputError(f"`{setting}`={path} is torn ({lack}); {way_out}.")
+
+
+def is_of_a_run(contents: Collection[str]) -> bool:
+    """Whether a file with this in its outermost mapping is a checkpoint of Lightning's."""
+    return "pytorch-lightning_version" in contents
 
 
 def _nearest(path: Path) -> str:
@@ -97,16 +114,23 @@ def _newest(folder: Path) -> str:
 
 def _contents(path: Path, weights_only: bool | None) -> Collection[str]:
     """The names in the file's outermost mapping; none for a file that torch did not write."""
-    if not zipfile.is_zipfile(path):
-        return ()
     try:
         # without the numbers: a checkpoint may be larger than the memory
-        found: Any = torch.load(path, map_location="meta", mmap=True, weights_only=weights_only is not False)
+        return read_checkpoint(path, "meta", weights_only=weights_only is not False)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"`--ckpt_path`={path} holds objects beside numbers and text, which may run code when they are loaded; "
-            "set `--weights_only=false` if you trust it."
-        ) from error
+        raise InputError(f"`--ckpt_path`={path} {UNSAFE}; set `--weights_only=false` if you trust it.") from error
+
+
+def read_checkpoint(path: Path, device: str, weights_only: bool = True) -> dict[str, Any]:
+    """What the file holds, tensors mapped from the disk; nothing for a file that torch did not write.
+
+    Raises:
+        UnpicklingError: It holds what may run code, see `UNSAFE`.
+    """
+    if not zipfile.is_zipfile(path):
+        return {}
+    try:
+        found: Any = torch.load(path, map_location=device, mmap=True, weights_only=weights_only)
     except RuntimeError:  # some other archive
-        return ()
-    return found if isinstance(found, dict) else ()
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -219,17 +219,25 @@ def majority_reward(answers: Tensor, rewards: Tensor) -> float:
     return float(rewards[answers == winner].mean())
 
 
-def metric_table(metrics: Mapping[str, float], title: str) -> Table:
-    """The metrics `val/<data set>/<kind>` for a terminal: a row per kind, a column per data set, "all" last."""
+def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
+    """The metrics `val/<data set>/<kind>` as text: headings, then a row per kind; a column per set, "all" last."""
     cells = {tuple(name.split("/", 1)[1].rsplit("/", 1)): value for name, value in metrics.items()}
     names = sorted(dict.fromkeys(name for name, _ in cells), key=lambda name: name == "all")
-    table = Table(title=title, title_style="bold")
-    table.add_column("metric")
-    for name in names:
-        table.add_column(name, justify="right")
+    rows = [["metric", *names]]
     for kind in dict.fromkeys(kind for _, kind in cells):
         values = [cells.get((name, kind)) for name in names]
-        table.add_row(kind, *("–" if value is None else f"{value:.3f}" for value in values))
+        rows.append([kind, *("–" if value is None else f"{value:.3f}" for value in values)])
+    return rows
+
+
+def metric_table(metrics: Mapping[str, float], title: str) -> Table:
+    """`metric_rows` for a terminal."""
+    headings, *rows = metric_rows(metrics)
+    table = Table(title=title, title_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

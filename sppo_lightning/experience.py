@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -68,14 +69,14 @@ class Experience:
         moves = self.advantages.reshape(len(self), -1).ne(0).any(dim=1) if len(self) else self.verdicts
         return (moves & self.verdicts).nonzero().squeeze(1).tolist()
 
-    def rows(self, index: Sequence[int]) -> Experience:
-        """The rows at `index`, in that order."""
+    def rows(self, index: Sequence[int], counts: bool = True) -> Experience:
+        """The rows at `index`, in that order; without verdicts where they do not count."""
         picked = torch.as_tensor(index, dtype=torch.long, device=self.rewards.device)
         return Experience(
             self.rollouts.rows(index),
             self.rewards[picked],
             self.advantages[picked],
-            self.verdicts[picked],
+            self.verdicts[picked] & counts,
             None if self.values is None else self.values[picked],
             None if self.targets is None else self.targets[picked],
         )
@@ -91,9 +92,15 @@ class Experience:
         names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "rollouts"]
         return cls(rollouts, **{name: join(name, [getattr(part, name) for part in parts]) for name in names})
 
-    def without_verdicts(self) -> Experience:
-        """The same rows, of which none teaches anything: for a rank that is done to go on with the others."""
-        return dataclasses.replace(self, verdicts=torch.zeros_like(self.verdicts))
+
+Part = TypeVar("Part", Outcomes, Experience)
+
+
+def teaching(part: Part, index: Sequence[int]) -> Part:
+    """The same rows, of which only those at `index` keep a verdict that they have."""
+    kept = torch.zeros_like(part.verdicts)
+    kept[list(index)] = True
+    return dataclasses.replace(part, verdicts=part.verdicts & kept)
 
 
 @dataclass

@@ -26,6 +26,12 @@ class Meter:
         """Count `value`, a term of a sum; `share` is 1 / (number of terms), so that whole sums are averaged."""
         self.add(name, value / share, share)
 
+    def join(self, other: Meter) -> None:
+        """Count all that `other` has counted."""
+        for name in other.totals:
+            self.totals[name] = self.totals.get(name, 0.0) + other.totals[name]
+            self.weights[name] = self.weights.get(name, 0.0) + other.weights[name]
+
     def means(self, strategy: Any) -> dict[str, Tensor]:
         """The weighted means over all ranks, which must have met the same names in the same order.
 

@@ -14,17 +14,19 @@ from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
 from sppo_lightning.balance import balanced
 from sppo_lightning.batch import PromptBatch, Rollouts
-from sppo_lightning.batching import MicroRows, check_mini_batch_size, micro_batches, mini_batches
+from sppo_lightning.batching import check_mini_batch_size, micro_batches, mini_batches
 from sppo_lightning.combination import KLPlace, check_combination, check_sampling
-from sppo_lightning.experience import Experience, MicroBatch, Outcomes, Replayed
+from sppo_lightning.experience import Experience, MicroBatch, Outcomes, Replayed, teaching
 from sppo_lightning.functional import KLEstimator
 from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.objectives import BinaryCrossEntropy, Objective, TokenClipObjective, ValueLoss
 from sppo_lightning.off_policy import TruncatedImportance, compares_with_sampler, corrected
 from sppo_lightning.optim import GroupOptimizer, Schedule
+from sppo_lightning.phases import phase
 from sppo_lightning.replay import CriticReplay
-from sppo_lightning.step_metrics import count_micro_batch, iteration_metrics
+from sppo_lightning.skipping import Attempt
+from sppo_lightning.step_metrics import count_micro_batch, report
 from sppo_lightning.warmup import CriticWarmup
 
 _TINY = torch.finfo(torch.float64).tiny  # for 0 / 0, where nothing is replayed yet
@@ -54,6 +56,8 @@ class SPPOModule(ActorCritic):
         recompute_old_log_probs: Take the ratio's denominator from the trainer's own forward; if false, from the
             sampler, which saves a forward where both agree (`sampler/logprob_gap` says how well). Responses of
             the reference are always compared with what their sampler said.
+        max_skipped_updates: Updates in a row that may be skipped because a number is not finite; after so many the
+            run stops, with a checkpoint. 1 stops at the first one, null never.
     """
 
     needs_in_fit = frozenset({"rollouts", "scores"})
@@ -78,6 +82,7 @@ class SPPOModule(ActorCritic):
         kl_estimator: KLEstimator = "k3",
         kl_in: KLPlace = "loss",
         recompute_old_log_probs: bool = True,
+        max_skipped_updates: int | None = 5,
     ) -> None:
         super().__init__(
             policy,
@@ -89,6 +94,7 @@ class SPPOModule(ActorCritic):
             critic_optimizer,
             lr_schedule,
             micro_batch_tokens,
+            max_skipped_updates,
         )
         self.advantage = advantage or SequenceAdvantage()
         self.objective = objective or TokenClipObjective()
@@ -100,9 +106,10 @@ class SPPOModule(ActorCritic):
         self.recompute_old_log_probs = recompute_old_log_probs
         check_combination(self)
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    @phase("`update`")
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Experience]:
         """One iteration of SPPO: every prompt's response is one action; a mini-batch is one update."""
-        start, meter = time.perf_counter(), Meter()
+        start, meter, learned = time.perf_counter(), Meter(), list[int]()
         rollouts = batch.rollouts
         assert rollouts is not None
         with torch.no_grad():
@@ -110,10 +117,10 @@ class SPPOModule(ActorCritic):
             outcomes = self.outcomes(batch, rollouts)
             # A = R − V, before this batch's updates, the same for every token, not whitened
             experience = self.experience(outcomes, self.advantage(outcomes))
-        updates = [balanced(self, experience.rows(rows)) for rows in self.mini_batch_rows(len(experience))]
-        denominators = self.ratio_denominators(updates)
-        for update, old_log_probs in zip(updates, denominators, strict=True):
-            replayed = self.replayed(update)
+        parts = self.mini_batch_rows(len(experience))
+        updates = [balanced(self, experience.rows(part)) for part in parts]
+        for part, update, old_log_probs in zip(parts, updates, self.ratio_denominators(updates), strict=True):
+            replayed, attempt = self.replayed(update), Attempt(old_log_probs=old_log_probs, **vars(update))
             # tokens and sequences of the whole mini-batch over all ranks: the loss does not depend on the cut
             counts = self.global_counts(update, replayed)
             for micro in self.micro_batches(update, replayed):
@@ -131,11 +138,17 @@ class SPPOModule(ActorCritic):
                 self.accumulate(total(policy_loss, self.kl_coef, kl_loss, value_loss, replay_loss), micro.last)
                 losses = {"policy/loss": policy_loss, "critic/loss": value_loss, "policy/kl": kl_loss}
                 losses["critic/replay_loss"] = replay_loss
-                count_micro_batch(self, meter, micro, losses, stats | weights, log_probs, entropy)
-            for name, norm in self.step_optimizer(self.moving_modules()).items():
-                meter.add(f"{name}/grad_norm", norm)
-        self.report(meter, experience, self.remember(outcomes, experience))
-        self.end_iteration(time.perf_counter() - start)
+                count_micro_batch(self, attempt, micro, losses, stats | weights, log_probs, entropy)
+            if self.step_optimizer(self.moving_modules(), attempt):  # unless a number is not finite
+                meter.join(attempt)
+                learned.extend(part)
+            elif self.skipped_updates.are_too_many:
+                break
+        # what was skipped teaches nothing that outlives the iteration either
+        taught = teaching(outcomes, learned), teaching(experience, learned)
+        report(self, meter, taught[1], self.remember(*taught))
+        self.end_iteration(len(experience), time.perf_counter() - start)
+        return {"experience": experience}  # which callbacks get as the `outputs` of `on_train_batch_end`
 
     # ------------------------------------------------------------------ what advantages are made of
 
@@ -199,13 +212,13 @@ class SPPOModule(ActorCritic):
         for_replay = micro_batches(self.replayed_lengths(replayed), self.micro_batch_tokens)
         for [policy, critic, again], share, last in self.in_step(groups, for_critic, for_replay):
             seen = None if replayed is None else replayed.rows(again.index, again.counts)
-            yield MicroBatch(_rows(update, policy), _rows(update, critic), seen, policy.index, share, last)
+            rows, for_value = (update.rows(chosen.index, chosen.counts) for chosen in (policy, critic))
+            yield MicroBatch(rows, for_value, seen, policy.index, share, last)
 
     def groups_of(self, rollouts: Rollouts, rows: Sequence[int]) -> list[list[int]]:
         """`rows` in groups within the token budget of one forward."""
         lengths = rollouts.lengths
-        groups = self.policy_groups([lengths[row] for row in rows])
-        return [[rows[i] for i in group] for group in groups]
+        return [[rows[i] for i in group] for group in self.policy_groups([lengths[row] for row in rows])]
 
     def global_counts(self, update: Experience, replayed: Replayed | None) -> dict[str, Tensor]:
         """Response tokens and sequences with a verdict, and the weights of what is replayed, over all ranks."""
@@ -279,22 +292,8 @@ class SPPOModule(ActorCritic):
             self.critic_replay.store(experience)
         return self.advantage.learn(outcomes)
 
-    def report(self, meter: Meter, experience: Experience, remembered: dict[str, float]) -> None:
-        """Log the iteration over all ranks, and let the critic's warm-up see how good the critic was."""
-        metrics = iteration_metrics(self, experience)
-        for name, value in (meter.means(self.trainer.strategy) | metrics | remembered).items():
-            self.log(name, value, prog_bar=name in ("reward/mean", "critic/value_mean"))
-        if self.critic_warmup is not None:
-            self.critic_warmup.observe(self.trainer.global_step, metrics)
-            self.log("critic/warming_up", float(self.critic_warmup.running))
-
 
 def total(policy_loss: Tensor, kl_coef: float, kl_loss: Tensor | None, *critic_losses: Tensor | None) -> Tensor:
     """What is minimised: the policy's loss, the critic's where there are any, and `kl_coef · KL`."""
     loss = sum((term for term in critic_losses if term is not None), start=policy_loss)
     return loss if kl_loss is None else loss + kl_coef * kl_loss
-
-
-def _rows(update: Experience, chosen: MicroRows) -> Experience:
-    rows = update.rows(chosen.index)
-    return rows if chosen.counts else rows.without_verdicts()

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.batch import PromptBatch
 from sppo_lightning.errors import InputError
+from sppo_lightning.phases import phase
 
 
 class Stage(Callback):
@@ -33,7 +34,8 @@ class Stage(Callback):
     def run(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """`process`, with its seconds counted under `phase`."""
         start = time.perf_counter()
-        self.process(batch, trainer, module)
+        with phase(f"`{self.phase}` ({type(self).__name__})"):
+            self.process(batch, trainer, module)
         if self.phase:
             seconds: dict[str, float] = module.phase_seconds  # type: ignore[assignment]
             seconds[self.phase] = seconds.get(self.phase, 0.0) + time.perf_counter() - start
@@ -44,8 +46,12 @@ class Stage(Callback):
         check_requirements(self.requires, callbacks[: callbacks.index(self)], callbacks, type(self).__name__)
 
     def _start_batch(self, trainer: Trainer, module: LightningModule, batch: PromptBatch) -> None:
-        self.begin()
-        self.run(batch, trainer, module)
+        def work() -> None:
+            self.begin()
+            self.run(batch, trainer, module)
+
+        preemption = getattr(module, "preemption", None)
+        work() if preemption is None else preemption.guard(work)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Run, unless the training step uses no stage at all, as in supervised learning."""

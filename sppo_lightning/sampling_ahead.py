@@ -32,6 +32,7 @@ class SamplingAhead:
     def __init__(self) -> None:
         self._keys: list[tuple[str, int, int]] | None = None  # of the batch that is sampled, or has been
         self._sampled: Future[Sampled] | None = None
+        self._taken: tuple[list[tuple[str, int, int]], Sampled] | None = None  # what is not learned from yet
         self._thread: ThreadPoolExecutor | None = None
 
     def start(self, batch: PromptBatch, sample: Callable[[PromptBatch], Sampled], settings: TorchSettings) -> None:
@@ -51,8 +52,13 @@ class SamplingAhead:
         """The responses to `batch`, when they are there; None where another batch was sampled, or none."""
         if self._sampled is None or self._keys != batch.keys:
             return None
-        sampled, self._sampled = self._sampled.result(), None
+        sampled = self._sampled.result()
+        self._taken, self._sampled = (batch.keys, sampled), None
         return sampled
+
+    def learned(self) -> None:
+        """Forget what was taken, which a checkpoint holds until then."""
+        self._taken = None
 
     def wait(self) -> None:
         """Return when the engine has nothing to do; what it has sampled may still be taken."""
@@ -66,11 +72,12 @@ class SamplingAhead:
         self._thread = self._sampled = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What every rank has sampled ahead, when it is there, in plain types; a collective."""
-        own = None
-        if self._sampled is not None:
-            sampled = dataclasses.asdict(self._sampled.result())
-            own = {"keys": [list(key) for key in self._keys or []], "sampled": sampled}
+        """What every rank has sampled ahead and not learned from, in plain types; a collective that waits."""
+        own, ahead = None, self._taken
+        if ahead is None and self._sampled is not None:
+            ahead = self._keys or [], self._sampled.result()
+        if ahead is not None:
+            own = {"keys": [list(key) for key in ahead[0]], "sampled": dataclasses.asdict(ahead[1])}
         return {"sampled": gather_objects(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

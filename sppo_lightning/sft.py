@@ -11,9 +11,10 @@ from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
-from sppo_lightning.meter import Meter
 from sppo_lightning.models import CausalLMPolicy
 from sppo_lightning.optim import GroupOptimizer, Schedule, build_optimizer
+from sppo_lightning.phases import phase
+from sppo_lightning.skipping import Attempt
 
 
 class SFTModule(PolicyModule):
@@ -27,6 +28,8 @@ class SFTModule(PolicyModule):
         optimizer: Learning rate and its warm-up, weight decay and gradient clip.
         lr_schedule: How the learning rate goes on after its warm-up, in updates.
         micro_batch_tokens: Token budget of one forward and backward on one rank, padding included.
+        max_skipped_updates: Updates in a row that may be skipped because a number is not finite; after so many the
+            run stops, with a checkpoint. 1 stops at the first one, null never.
     """
 
     def __init__(
@@ -35,27 +38,31 @@ class SFTModule(PolicyModule):
         optimizer: GroupOptimizer = GroupOptimizer(lr=1e-5),  # noqa: B008 (frozen)
         lr_schedule: Schedule = "constant",
         micro_batch_tokens: int = 16384,
+        max_skipped_updates: int | None = 5,
     ) -> None:
-        super().__init__(policy)
+        super().__init__(policy, max_skipped_updates)
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.micro_batch_tokens = micro_batch_tokens
 
+    @phase("`update`")
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One update: mean negative log-likelihood of the demonstrations' tokens, over all ranks."""
-        start, meter = time.perf_counter(), Meter()
+        start = time.perf_counter()
         examples = self.demonstrations(batch)
+        attempt = Attempt(examples)
         count = examples.response_mask.sum()
         tokens = self.trainer.strategy.reduce(count, reduce_op="sum").clamp(min=1.0)
         for [rows], _, last in self.in_step(self.policy_groups(examples.lengths)):
             log_probs, entropy = self.policy(examples.rows(rows.index))
             mask = examples.response_mask[rows.index].bool() & rows.counts
             self.accumulate(-log_probs[mask].sum() / tokens, last)
-            meter.add("sft/loss", -log_probs[mask].mean(), mask.sum())
-            meter.add("policy/entropy", entropy[mask].mean(), mask.sum())
-        meter.add("policy/grad_norm", self.step_optimizer(self.trained_modules())["policy"])
-        self.log_dict(meter.means(self.trainer.strategy), prog_bar=True)
-        self.end_iteration(time.perf_counter() - start)
+            attempt.check_log_probs(rows.index, log_probs, mask)  # whose mean is the loss
+            attempt.add("sft/loss", -log_probs[mask].mean(), mask.sum())
+            attempt.add("policy/entropy", entropy[mask].mean(), mask.sum())
+        if self.step_optimizer(self.trained_modules(), attempt):  # unless a number is not finite
+            self.log_dict(attempt.means(self.trainer.strategy), prog_bar=True)
+        self.end_iteration(len(examples), time.perf_counter() - start)
 
     def demonstrations(self, batch: PromptBatch) -> Rollouts:
         """The batch's demonstrations as responses, each closed by the end-of-sequence token."""

@@ -12,51 +12,81 @@ from sppo_lightning.batch import Rollouts
 from sppo_lightning.calibration import critic_metrics
 from sppo_lightning.experience import Experience, MicroBatch
 from sppo_lightning.meter import Meter
+from sppo_lightning.skipping import Attempt
 
 
 def count_micro_batch(
     module: Any,
-    meter: Meter,
+    attempt: Attempt,
     micro: MicroBatch,
     losses: Mapping[str, Tensor | None],
     stats: Mapping[str, Tensor],
     log_probs: Tensor,
     entropy: Tensor,
 ) -> None:
-    """Add one micro-batch to the iteration's metrics.
+    """Add one micro-batch to the update's metrics, and to what must be finite.
 
     Statistics of the policy are means over the tokens of its forward, so over rows with an advantage.
 
     Args:
         module: Whose weights, of `global_step`, these are.
-        meter: What is added to.
+        attempt: What is added to.
         micro: The rows.
         losses: Shares of the mini-batch's losses by metric name; None for one that there is not.
         stats: The objective's means over tokens.
         log_probs: `[N, T]`, nats.
         entropy: `[N, T]`, nats.
     """
+    prompts = {"critic/loss": micro.critic.rollouts.prompts}
+    if micro.replayed is not None:
+        prompts["critic/replay_loss"] = micro.replayed.prompts
     for name, loss in losses.items():
         if loss is not None:
-            meter.add_share(name, loss, micro.share)
+            attempt.add_share(name, loss, micro.share)
+            attempt.check(name, loss, prompts.get(name, micro.policy.rollouts.prompts))
+    attempt.check_log_probs(micro.index, log_probs, micro.policy.mask)
     if micro.replayed is not None:
         counted = micro.replayed.weights > 0
-        meter.add("critic/replay_age", micro.replayed.ages[counted].mean(), counted.sum())
+        attempt.add("critic/replay_age", micro.replayed.ages[counted].mean(), counted.sum())
     mask, tokens = micro.policy.mask.bool(), micro.policy.mask.sum()
     for name, value in stats.items():
-        meter.add(f"policy/{name}", value, tokens)
-    meter.add("policy/entropy", entropy[mask].mean(), tokens)
+        attempt.add(f"policy/{name}", value, tokens)
+    attempt.add("policy/entropy", entropy[mask].mean(), tokens)
     rollouts = micro.policy.rollouts
     lengths = rollouts.prompt_mask.sum(1) + rollouts.response_mask.sum(1)
     computed = lengths.sum() if module.policy.packs else lengths.max() * len(rollouts)
-    meter.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
+    attempt.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
     fresh = mask & (rollouts.policy_versions == module.global_step)[:, None]  # of the weights that sampled them
-    meter.add("sampler/logprob_gap", sampler_gaps(log_probs, rollouts, fresh).mean(), fresh.sum())
+    attempt.add("sampler/logprob_gap", sampler_gaps(log_probs, rollouts, fresh).mean(), fresh.sum())
 
 
 def sampler_gaps(log_probs: Tensor, rollouts: Rollouts, chosen: Tensor) -> Tensor:
     """How far the trainer's log-probabilities `[N, T]` are from the sampler's at the `chosen` `[N, T]`, nats."""
     return (log_probs.detach() - rollouts.sampled_log_probs).abs()[chosen]
+
+
+def report(module: Any, meter: Meter, experience: Experience, remembered: Mapping[str, float]) -> None:
+    """Log an iteration over all ranks, and let the critic's warm-up see how good the critic was.
+
+    An iteration in which no update was made has no figures.
+
+    Args:
+        module: That learned.
+        meter: Of the updates that were made.
+        experience: What they learned from.
+        remembered: Figures of what outlives the iteration.
+    """
+    module.last_figures = {}
+    if not meter.totals:
+        return
+    metrics = iteration_metrics(module, experience)
+    figures = meter.means(module.trainer.strategy) | metrics | dict(remembered)
+    if module.critic_warmup is not None:
+        module.critic_warmup.observe(module.trainer.global_step, metrics)
+        figures["critic/warming_up"] = float(module.critic_warmup.running)
+    for name, value in figures.items():
+        module.log(name, value, prog_bar=name in ("reward/mean", "critic/value_mean"))
+    module.last_figures = figures
 
 
 def iteration_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:

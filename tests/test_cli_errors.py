@@ -259,7 +259,10 @@ def test_what_a_component_refuses(refused: Callable[..., str], path: list[Any], 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Say which of fit, validate, test, predict to run, as in `python -m sppo_lightning fit --config …`."),
+        (
+            [],
+            "Say which of fit, validate, test, predict, export to run, as in `python -m sppo_lightning fit --config …`.",
+        ),
         (["fitt"], "`fitt` is not a command; the nearest is `fit`."),
         (["fit", "--confg", "x"], "`--confg` is not an argument of fit; the nearest is `--config`."),
         (["fit", "--config=rn.yaml"], "`--config`=rn.yaml does not exist; the nearest is run.yaml."),

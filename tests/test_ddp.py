@@ -85,10 +85,10 @@ class RecordingSFT(SFTModule):
         self.found[-1]["backwards"].append(last)
         super().accumulate(loss, last)
 
-    def step_optimizer(self, modules: Any) -> Any:
+    def step_optimizer(self, modules: Any, attempt: Any) -> Any:
         self.found[-1]["gradients"] = {name: p.grad.clone() for name, p in self.named_parameters()}
         torch.save(self.found, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
-        return super().step_optimizer(modules)
+        return super().step_optimizer(modules, attempt)
 
 
 def supervised(devices: int, folder: Path) -> tuple[list[list[dict[str, Any]]], float]:

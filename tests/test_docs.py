@@ -5,15 +5,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from by_hand import ByHand, assert_equal, run
 from given import outcomes
-from tiny_config import write_files
+from tiny_config import EXACT, ROLLOUT, write_files
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import (
     CodeVerifier,
+    CollapseMonitor,
+    CompletionLog,
     ExactMatch,
     FormatVerifier,
     HackingMonitor,
@@ -21,7 +24,8 @@ from sppo_lightning.callbacks import (
     RewardModelVerifier,
     StepQuality,
 )
-from sppo_lightning.cli import command_line
+from sppo_lightning.cli import command_line, main
+from sppo_lightning.collapse import CollapseLimits
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +122,18 @@ def test_the_pages_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert monitor.stop_on_alarm
 
 
+def test_the_pages_collapse_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    page = "docs/when-it-goes-wrong.md"
+    monitor = only(CollapseMonitor, callbacks_built("CollapseMonitor", monkeypatch, tmp_path, page=page))
+    assert monitor.collapse.limits == CollapseLimits(length_growth=None)
+    windows = {metric: series.window for metric, series in monitor.collapse.series.items()}
+    default = {metric: series.window for metric, series in CollapseMonitor().collapse.series.items()}
+    assert windows == default
+    assert (windows["reward/mean"], windows["critic/brier_skill"], windows["policy/entropy"]) == (5, 50, 10)
+    rows = re.findall(r"`(\w+)`[^|]* \| ([0-9.]+) \|$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    assert {name: float(value) for name, value in rows} == vars(CollapseLimits())
+
+
 def test_the_pages_hidden_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     callbacks = callbacks_built("cases: hidden", monkeypatch, tmp_path, page="docs/reward-hacking.md")
     (check,) = only(HackingMonitor, callbacks).checks
@@ -133,6 +149,34 @@ def test_the_pages_routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (brief,) = [each for each in callbacks if type(each).__name__ == "Brief"]
     assert brief.only_if_correct
     assert only(CodeVerifier, callbacks).applies_to == ("livecode",)
+
+
+def test_the_pages_completions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    callbacks = callbacks_built("CompletionLog", monkeypatch, tmp_path, page="docs/exports.md")
+    log, default = only(CompletionLog, callbacks), CompletionLog()
+    assert [log.every_n_iterations, log.max_iterations, log.max_bytes] == [
+        default.every_n_iterations,
+        default.max_iterations,
+        default.max_bytes,
+    ]
+    keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    keeper["init_args"] = {"dirpath": "runs/my/checkpoints", "save_last": True}
+    written = {"class_path": "sppo_lightning.callbacks.CompletionLog", "init_args": {"path": "runs/my/rollouts"}}
+    callbacks = [ROLLOUT, EXACT, written, keeper]
+    write_files({"trainer.callbacks": callbacks, "trainer.enable_checkpointing": True})
+    main(["fit", "--config", "config.yaml"])
+    main(["export", "--ckpt", "runs/my/checkpoints/last.ckpt", "--to", "runs/my/model"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    columns = set(re.findall(r"^\| (`[\w/<>`, ]+) \|", (ROOT / "docs/exports.md").read_text(), flags=re.MULTILINE))
+    named = {name.strip("`").replace("<verifier>", "exact_match") for row in columns for name in row.split(", ")}
+    rollouts = names_in("docs/exports.md", "load_dataset")["rollouts"]
+    assert len(rollouts) == 4
+    assert set(rollouts.column_names) <= named
+    models = names_in("docs/exports.md", "AutoModelForCausalLM")
+    assert models["critic"].config.id2label == {0: "solvable"}
+    Path("config.yaml").unlink()
+    names_in("docs/exports.md", 'checkpoint["config"]')
+    main(["validate", "--config", "config.yaml", "--data.validation={few: train.jsonl}"])
 
 
 def test_the_monitors_defaults_are_those_of_the_table():

@@ -54,9 +54,9 @@ def test_learning_rates_by_update(schedule: Any, factors: list[float]):
     rates: list[list[float]] = []
 
     class Rates(SPPOModule):
-        def step_optimizer(self, modules: Any) -> Any:
+        def step_optimizer(self, modules: Any, attempt: Any) -> Any:
             rates.append([group["lr"] for group in self.optimizers().param_groups])  # type: ignore[union-attr]
-            return super().step_optimizer(modules)
+            return super().step_optimizer(modules, attempt)
 
     optimizers = {name: dataclasses.replace(settings, warmup_updates=2) for name, settings in FAST.items()}
     module = Rates(make_policy(), make_critic(), lr_schedule=schedule, mini_batch_size=4, **optimizers)

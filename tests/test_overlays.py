@@ -130,5 +130,5 @@ def test_files_without_a_command_ask_for_one(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["--config", "config.yaml"])
     assert capsys.readouterr().err == (
-        "error: Say which of fit, validate, test, predict to run, as in `python -m sppo_lightning fit --config …`.\n"
+        "error: Say which of fit, validate, test, predict, export to run, as in `python -m sppo_lightning fit --config …`.\n"
     )

@@ -28,9 +28,9 @@ def sft(budget: int) -> tuple[dict[str, Tensor], Any, int]:
             backwards.append(last)
             super().accumulate(loss, last)
 
-        def step_optimizer(self, modules: Any) -> Any:
+        def step_optimizer(self, modules: Any, attempt: Any) -> Any:
             found.append({n: p.grad.clone() for n, p in self.named_parameters()})
-            return super().step_optimizer(modules)
+            return super().step_optimizer(modules, attempt)
 
     module = Recording(make_policy(), micro_batch_tokens=budget)
     trainer = make_trainer()

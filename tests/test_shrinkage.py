@@ -6,7 +6,7 @@ import pytest
 import torch
 from by_hand import CASES, ByHand, assert_equal, run
 from given import outcomes
-from tiny import make_chain_sppo
+from tiny import make_chain_sppo, make_trainer
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.replay import CriticReplay
@@ -67,7 +67,9 @@ def test_state_goes_through_a_checkpoint():
 
 def test_a_run_of_plain_sppo_can_go_on_with_it():
     checkpoint: dict[str, Any] = {}
-    make_chain_sppo(1e-2).on_save_checkpoint(checkpoint)
+    plain = make_chain_sppo(1e-2)
+    plain.trainer = make_trainer()
+    plain.on_save_checkpoint(checkpoint)
     module = make_chain_sppo(1e-2, advantage=ShrunkSequenceAdvantage(), critic_replay=CriticReplay())
     module.on_load_checkpoint(checkpoint)
     assert vars(module.advantage) == vars(ShrunkSequenceAdvantage())

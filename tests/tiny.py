@@ -230,9 +230,9 @@ class RecordingSPPO(SPPOModule):
         self.backwards += 1
         super().accumulate(loss, last)
 
-    def step_optimizer(self, modules: Any) -> Any:
+    def step_optimizer(self, modules: Any, attempt: Any) -> Any:
         self.gradients.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
-        return super().step_optimizer(modules)
+        return super().step_optimizer(modules, attempt)
 
 
 class KnowsWhatFollows:

@@ -92,7 +92,7 @@ class PromptFile(PromptSource):
         if not self.path.strip():
             raise InputError("`path` is empty; give a file, a folder or a hub id.")
         path = readable_path(self.path, "path")
-        if _is_hub_id(self.path):
+        if is_hub_id(self.path):
             rows = _hub_rows(self.path, self.split, self.subset, self.revision)
         else:
             rows = chain.from_iterable(map(_file_rows, _files_of(path, self.split)))
@@ -163,7 +163,7 @@ _READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
 }
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
     """Whether `path` can only be a hub id: `name` or `owner/name`, and nothing on this disk."""
     shaped = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
     return shaped and Path(path).suffix not in _READERS and not Path(path).exists()

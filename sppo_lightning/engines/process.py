@@ -20,6 +20,7 @@ from sppo_lightning.engines.sampling import Sampling, run_seed, seeded
 from sppo_lightning.engines.whole_copy import WholeCopy
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.quantized import quantized_names
 from sppo_lightning.models.sharding import is_sharded
 from sppo_lightning.torch_settings import TorchSettings
 
@@ -46,7 +47,7 @@ class ProcessEngine(Engine):
             )
         self.engine = engine
         self.threads = threads
-        self._copy: WholeCopy | None = None  # of a sharded policy, with the shared memory as its weights
+        self._copy: WholeCopy | None = None  # of a sharded or 4-bit policy, with the shared memory for weights
         self._weights: _SharedWeights | None = None
         self._process: Any = None
         self._connection: Connection | None = None
@@ -56,7 +57,7 @@ class ProcessEngine(Engine):
         if self._process is None:
             self._start()
         if policy is not self.policy or self._weights is None:
-            self._copy = WholeCopy(policy) if is_sharded(policy) else None
+            self._copy = WholeCopy(policy) if is_sharded(policy) or quantized_names(policy) else None
             self._weights = _SharedWeights(policy if self._copy is None else self._copy.policy)
             if self._copy is not None:
                 self._weights.fill(self._copy.policy)
@@ -217,8 +218,9 @@ def _without_text(batch: PromptBatch) -> PromptBatch:
 
 
 def _serve(connection: Connection, engine: Engine) -> None:
-    """Answer requests until the other side closes; a keyboard's interrupt is for the trainer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Answer requests until the other side closes; signals to the whole group are for the trainer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     policy: CausalLMPolicy | None = None
     while True:
         try:

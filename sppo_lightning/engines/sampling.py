@@ -136,7 +136,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
 
     Returns:
         Token ids `[n]`, and their log-probabilities `[n]` under the distribution that was sampled from. Greedy
-        choices report the log-probability at temperature 1.
+        choices report the log-probability at temperature 1. Where logits are NaN, so is the log-probability.
     """
     if sampling.temperature == 0:
         log_probs = logits.log_softmax(dim=-1)
@@ -149,4 +149,6 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
         # scaled by the sum as rounded, and strictly below it, so no token of probability zero is ever drawn
         target = uniforms.clamp(max=1 - 1e-6) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+        # the search for NaN ends behind the last token, whose log-probability is NaN too
+        tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)

@@ -89,12 +89,14 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     adapt: Callable[[PreTrainedConfig], PreTrainedConfig] = lambda config: config,
+    quantization: Any = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model of `auto_class` in float32: weights from `pretrained`, or random ones for `config`.
 
     Master weights are float32 whatever `trainer.precision` says; mixed precision casts on the fly. Dropout is
     off, because the log-probabilities of the update must be those of the sampler. `setting` is how the
-    configuration calls the module, and `adapt` makes the config to load with of the model's own.
+    configuration calls the module, `adapt` makes the config to load with of the model's own, and `quantization`
+    is transformers' config of it.
 
     Returns:
         The model and transformers' loading info: `missing_keys`, the weights that are random, and
@@ -113,7 +115,10 @@ def load_model(
             options |= {"config": adapt(own), "trust_remote_code": trust_remote_code}
             # what does not fit is in the info, and transformers' own error is a page long
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            options |= {} if quantization is None else {"quantization_config": quantization}
             model, info = auto_class.from_pretrained(pretrained, **options)
+        elif quantization is not None:
+            raise InputError(f"`{setting}.lora.load_in_4bit`=True needs `pretrained`, not `config`.")
         else:
             model = _from_config(auto_class, adapt(AutoConfig.for_model(**config)), options)
             info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set()}

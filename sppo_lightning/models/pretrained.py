@@ -19,6 +19,7 @@ from sppo_lightning.models.loading import (
     load_tokenizer,
     recompute_layers,
 )
+from sppo_lightning.models.quantized import in_4_bits, settle
 
 
 class PretrainedModule(nn.Module):
@@ -86,7 +87,10 @@ class PretrainedModule(nn.Module):
             trust_remote_code=self.trust_remote_code,
             attn_implementation=self.attn_implementation,
             adapt=self.adapt_config,
+            quantization=in_4_bits(self.setting) if self.lora is not None and self.lora.load_in_4bit else None,
         )
+        if self.lora is not None and self.lora.load_in_4bit:
+            settle(self, self.model)
         self.check_weights(info)
         self._check_vocabulary()
         if self.gradient_checkpointing:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.models.quantized import quantized_names
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -20,6 +21,11 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Its class names in `forwards` those methods, besides `forward`, that need the weights whole.
     """
+    if quantized_names(module):
+        raise InputError(
+            "`trainer.strategy` shards the weights, which `lora.load_in_4bit` holds in 4 bits; use ddp, or leave "
+            "`load_in_4bit` out."
+        )
     for block in module.modules():
         if isinstance(block, GradientCheckpointingLayer):
             fully_shard(block, mesh=mesh)

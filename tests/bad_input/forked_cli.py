@@ -1,5 +1,6 @@
 """The command line in a child process, with limits on its time and memory; the parent has everything imported."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -45,10 +46,8 @@ def run(arguments: Sequence[str], folder: Path, seconds: float = 60.0) -> Outcom
         status = os.waitstatus_to_exitcode(code) if found else None
         time.sleep(0.005)
     for kill in (os.killpg, os.kill) if status is None else (os.killpg,):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     if status is None:
         os.waitpid(child, 0)
     return Outcome(status, said.read_text(errors="replace"))

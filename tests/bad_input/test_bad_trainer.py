@@ -1,5 +1,9 @@
+import os
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +88,34 @@ def test_a_checkpoint_that_is_none(refused: Callable[..., str], path: str):
     with zipfile.ZipFile("archive.ckpt", "w") as archive:
         archive.writestr("a.txt", "text")
     assert refused(arguments=(f"--ckpt_path={path}",)) == CHECKPOINTS[path]
+
+
+class Runs:
+    """Runs code when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch hacked",))
+
+
+@pytest.mark.parametrize("path", ["kept/last.ckpt", "last", "http"])
+def test_a_checkpoint_that_would_run_code(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+):
+    Path("kept").mkdir()
+    torch.save({"pytorch-lightning_version": "2.6", "callbacks": Runs()}, "kept/last.ckpt")
+    keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "kept"}}
+    trainer = {"trainer.enable_checkpointing": True, "trainer.callbacks": [ROLLOUT, EXACT, keeper]}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with HTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        address = f"http://127.0.0.1:{server.server_port}/kept/last.ckpt" if path == "http" else path
+        try:
+            said = refused(trainer, arguments=(f"--ckpt_path={address}",))
+        finally:
+            server.shutdown()
+    assert said.endswith("may run code when they are loaded; set `--weights_only=false` if you trust it.")
+    assert not Path("hacked").exists()
 
 
 def test_a_checkpoint_of_a_run_is_resumed(fit: Callable[..., None], caplog: pytest.LogCaptureFixture):

@@ -130,6 +130,13 @@ def test_ranks_share_one_file(tmp_path: Path, suffix: str):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_text_that_is_no_unicode_is_written(tmp_path: Path, suffix: str):
+    path = tmp_path / f"completions{suffix}"
+    predict(path, ["\ud83d\x00", "\ud83d\ude00"])  # half a character, and both of its halves
+    assert [entry["prompt"] for entry in read(path)] == ["\ufffd\x00", "\U0001f600"]
+
+
 class Broken(Unsure):
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[Any]:
         return ["x" for _ in responses]

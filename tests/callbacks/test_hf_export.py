@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_run import data, sppo, stages, trainer_of
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from tiny_run import FirstWord, data, sppo, stages, trainer_of
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt
-from sppo_lightning.callbacks import HFExport
+from sppo_lightning.callbacks import HFExport, RolloutGeneration
+from sppo_lightning.engines import Sampling
+from sppo_lightning.errors import InputError
 from sppo_lightning.models import CausalLMPolicy, LoRA, PromptCritic
 
 TEXTS = ["a b", "c", "h g f e d", "b b b"]
@@ -80,6 +82,45 @@ def test_a_classifier_of_chats_reads_what_the_template_makes_of_them(tmp_path: P
     assert text == "a b h c h a"
     (found,) = rate(text, add_special_tokens=False)
     assert found["score"] == pytest.approx(value.item(), abs=1e-5)
+
+
+def test_transformers_makes_the_same_logits_and_speaks_the_same_template(tmp_path: Path):
+    module = sppo(tmp_path / "tokenizer")
+    module.policy.tokenizer.chat_template = TEMPLATE
+    trainer_of([*stages(), HFExport(str(tmp_path / "model"))]).fit(module, data(validation=(), size=16))
+    assert module.critic is not None
+    ids = torch.tensor([[3, 4, 5, 6]])
+    for auto, model, folder in (
+        (AutoModelForCausalLM, module.policy.model, tmp_path / "model"),
+        (AutoModelForSequenceClassification, module.critic.model, tmp_path / "model/critic"),
+    ):
+        assert torch.equal(auto.from_pretrained(folder)(ids).logits, model(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "a b"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == "a b h a"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(0.6, 4, top_p=0.9, top_k=3), (True, 0.6, 0.9, 3, 0.0)),
+        (Sampling(1.0, 4), (True, 1.0, 1.0, 0, 0.0)),
+        (Sampling(0.0, 4), (False, None, None, None, None)),
+    ],
+)
+def test_who_loads_the_policy_samples_as_the_validation_did(tmp_path: Path, sampling: Sampling, expected: Any):
+    module = sppo(tmp_path / "tokenizer")
+    generation = RolloutGeneration(Sampling(max_new_tokens=2), validation=sampling)
+    callbacks = [generation, FirstWord(), HFExport(str(tmp_path / "model"))]
+    trainer_of(callbacks).fit(module, data(validation=(), size=8))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config
+    assert (found.do_sample, found.temperature, found.top_p, found.top_k, found.min_p) == expected
+    assert (found.eos_token_id, found.pad_token_id) == (1, 0)
+
+
+def test_a_way_with_adapters_that_is_unknown():
+    with pytest.raises(InputError, match=r"`HFExport.adapters`=merge is unknown; use both or merged or alone\."):
+        HFExport("model", adapters="merge")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -62,6 +62,18 @@ def test_top_k_and_top_p(settings: dict[str, Any], kept: list[int]):
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}])
+def test_a_row_of_nan_has_a_token_that_says_so_and_disturbs_no_other(settings: dict[str, Any]):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [math.nan] * 3, [2.0, 1.0, 0.0]])
+    uniforms, sampling = torch.tensor([0.3, 0.3, 0.3]), Sampling(**settings)
+    tokens, log_probs = choose(logits, uniforms, sampling)
+    assert 0 <= tokens[1] < 3
+    assert log_probs.isnan().tolist() == [False, True, False]
+    alone = choose(logits[[0, 2]], uniforms[[0, 2]], sampling)
+    assert torch.equal(tokens[[0, 2]], alone[0])
+    assert torch.equal(log_probs[[0, 2]], alone[1])
+
+
 def test_extreme_noise_never_draws_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     uniforms = torch.tensor([0.0, 1 - 2**-24, 0.5])
