@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch.multiprocessing import ProcessRaisedException
+
 from sppo_lightning.errors import InputError, shortened
 from sppo_lightning.masking import masked_text
 from sppo_lightning.memory import is_out_of_memory
@@ -35,6 +37,12 @@ def failures_told(command: Any) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except ProcessRaisedException as error:  # of a rank that this process has started
+        *_, last = str(error).rstrip().split("\n")
+        name = f"{InputError.__module__}.{InputError.__qualname__}: "
+        if not last.startswith(name):
+            raise
+        raise InputError(last.removeprefix(name)) from error
     except Exception as error:
         told = _sentence(error, getattr(command, "config", None))
         if told is None:

@@ -165,7 +165,7 @@ _READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
 
 def is_hub_id(path: str) -> bool:
     """Whether `path` can only be a hub id: `name` or `owner/name`, and nothing on this disk."""
-    shaped = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+    shaped = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
     return shaped and Path(path).suffix not in _READERS and not Path(path).exists()
 
 

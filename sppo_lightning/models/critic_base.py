@@ -57,13 +57,13 @@ class Critic(PretrainedModule, ABC):
 
     def check_weights(self, info: dict[str, Any]) -> None:
         """Refuse a classifier of something else, and a checkpoint that lacks weights below its head."""
-        labels = [found for name, found, _ in info["mismatched_keys"] if name in self.head_weights()]
-        if labels:
-            raise InputError(
-                f"`{self.setting}.pretrained`={self.pretrained!r} is a classifier of {labels[0][0]} labels, and a "
-                "critic predicts one; give a causal language model, such as Qwen/Qwen2.5-0.5B, or an exported "
-                "critic."
-            )
+        for name, found, wanted in info["mismatched_keys"]:
+            if name in self.head_weights():
+                raise InputError(
+                    f"`{self.setting}.pretrained`={self.pretrained!r} has a head `{name}` of the shape "
+                    f"{list(found)}, and a critic needs {list(wanted)}, one prediction; give a causal language "
+                    "model, such as Qwen/Qwen2.5-0.5B, or an exported critic."
+                )
         super().check_weights(info)
 
     def head_weights(self) -> set[str]:

@@ -13,6 +13,7 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.memory import is_out_of_memory
 from sppo_lightning.models.adapters import LoRA, add_adapters
 from sppo_lightning.models.loading import (
+    check_exists,
     compile_layers,
     first_sentence,
     load_model,
@@ -69,6 +70,8 @@ class PretrainedModule(nn.Module):
         """The module's own tokenizer, loaded on first use."""
         if self.tokenizer_name is None:
             raise InputError(f"`{self.setting}` needs `pretrained`, or `config` together with `tokenizer`.")
+        if self.pretrained is not None:
+            check_exists(self.pretrained, f"{self.setting}.pretrained")
         return load_tokenizer(self.tokenizer_name, f"{self.setting}.tokenizer", self.trust_remote_code)
 
     def build(self) -> None:
