@@ -21,7 +21,7 @@ from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.engines import HFEngine, Sampling
 from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.errors import InputError
-from sppo_lightning.memory import Gauge
+from sppo_lightning.memory import Gauge, is_out_of_memory
 from sppo_lightning.models.sharding import local
 from sppo_lightning.module import SPPOModule
 from sppo_lightning.ranks import gather_objects
@@ -213,16 +213,12 @@ def _moments_to_come(optimizer: torch.optim.Optimizer, size: int) -> list[Tensor
     try:
         return [torch.zeros_like(parameter) for parameter in fresh for _ in range(2)]
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     raise InputError(
         f"The optimizer's state of {_gib(size)} does not fit into memory beside the weights; train with `lora`, or "
         "shard policy and critic over more devices."
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _largest_that_fits(work: Callable[[int], None], rows: int, gauge: Gauge) -> tuple[int, int]:
@@ -233,7 +229,7 @@ def _largest_that_fits(work: Callable[[int], None], rows: int, gauge: Gauge) -> 
             work(rows)
             return gauge.peak() - before, rows
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         rows //= 2
     return 0, 0

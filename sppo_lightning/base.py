@@ -24,6 +24,7 @@ from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import Evaluation, metric_table
 from sppo_lightning.memory import peak_memory
 from sppo_lightning.models import CausalLMPolicy
+from sppo_lightning.models.same_weights import check_same_weights
 from sppo_lightning.models.sharding import is_sharded, settle_mesh, shard, whole
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.phases import Watch, phase
@@ -69,6 +70,8 @@ class PolicyModule(ResumableModule):
                 raise InputError(
                     f"`trainer.{name}`={value} does not apply here; remove it and set `{instead}` instead."
                 )
+        if self.micro_batch_tokens < 1:
+            raise InputError(f"`micro_batch_tokens`={self.micro_batch_tokens} holds no row; use 1 or more.")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise InputError(
                 f"`trainer.precision`={self.trainer.precision} multiplies gradients by a scale that "
@@ -212,8 +215,10 @@ class PolicyModule(ResumableModule):
                 checkpoint[name] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore it; refuse the checkpoint of another model, before its weights are loaded."""
         super().on_load_checkpoint(checkpoint)
+        if "state_dict" in checkpoint:  # sharded ones are loaded by themselves
+            check_same_weights(self, checkpoint["state_dict"], str(self.trainer.ckpt_path))
         self.record.resume(RunRecord(**checkpoint.get("record", {})))
         for name in self.with_state:
             if getattr(self, name) is not None and name in checkpoint:

@@ -7,16 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.cli_errors import options_of
+from sppo_lightning.cli_checks import check_process, check_trainer
 from sppo_lightning.cli_export import export_checkpoint
+from sppo_lightning.cli_failures import failures_told
+from sppo_lightning.cli_names import options_of
 from sppo_lightning.cli_parser import Parser
 from sppo_lightning.cli_trainer import check_checkpoint, told_in_one_sentence
-from sppo_lightning.config_files import as_text, merge, read, split_arguments, with_unknown_as_null
-from sppo_lightning.errors import InputError
+from sppo_lightning.config_files import (
+    as_text,
+    check_components,
+    merge,
+    read,
+    split_arguments,
+    with_unknown_as_null,
+)
+from sppo_lightning.errors import InputError, shortened
 from sppo_lightning.masking import masked_text
 
 
@@ -35,7 +45,8 @@ class SPPOCLI(LightningCLI):
     def __init__(self, *components: Any, **settings: Any) -> None:
         words = sys.argv[1:] if settings.get("args") is None else settings["args"]
         self.arguments = list(map(str, words)) if isinstance(words, list | tuple) else None
-        super().__init__(*components, **settings)
+        with failures_told(self):
+            super().__init__(*components, **settings)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Lightning's commands, and the one that needs no trainer."""
@@ -83,7 +94,9 @@ class SPPOCLI(LightningCLI):
         if not names or (commands and command is None):
             return others
         parser = self.parser if command is None else commands[command]
-        config = as_text(with_unknown_as_null(merge(map(read, names)), options_of(parser)))
+        merged = merge(map(read, names))
+        check_components(merged)
+        config = as_text(with_unknown_as_null(merged, options_of(parser)))
         place = 0 if command is None else others.index(command) + 1
         return [*others[:place], f"--config={config}", *others[place:]]
 
@@ -97,14 +110,13 @@ class SPPOCLI(LightningCLI):
         """Say how many threads compute: on shared cores two can be slower than one."""
         threads = self._get(self.config, "threads")
         if threads is not None:
-            if threads < 1:
-                raise InputError(f"`threads`={threads} leaves no thread to compute with; use 1 or more.")
             torch.set_num_threads(threads)
         rank_zero_info(f"CPU threads: {torch.get_num_threads()}")
 
     def _set_seed(self) -> None:
-        """Seed all that is random; an export is not."""
+        """Seed all that is random, by what is a seed; an export is not."""
         if self.subcommand != "export":
+            check_process(self._get(self.config, "threads"), self._get(self.config, "seed_everything"))
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
@@ -115,8 +127,13 @@ class SPPOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what it refuses is told in one sentence."""
-        with told_in_one_sentence(self._get(self.config, "trainer")["accelerator"]):
-            return super().instantiate_trainer(**kwargs)
+        settings = self._get(self.config, "trainer")
+        if not isinstance(settings, Namespace):
+            raise InputError(f"`trainer`={shortened(settings)} must hold settings by name.")
+        with told_in_one_sentence(settings["accelerator"]):
+            trainer = super().instantiate_trainer(**kwargs)
+        check_trainer(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; what the trainer refuses is told in one sentence."""

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
 import re
-import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-# where to look for a class by its name, beside the module that was written
-_PACKAGES = (
-    "sppo_lightning",
-    *(f"sppo_lightning.{name}" for name in ("advantages", "callbacks", "data", "engines", "models", "objectives")),
-    *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies")),
-)
+from sppo_lightning.cli_names import nearest_class, nearest_setting, options_of, settings_of
+from sppo_lightning.errors import shortened
+
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-_TYPES |= {"dict": "a mapping", "list": "a list"}
+_TYPES |= {"dict": "a mapping", "list": "a list", "tuple": "a list"}
 
 
 @dataclass
@@ -86,9 +80,11 @@ def _read(message: str) -> list[_Problem]:
     """The lines of `message` that say what is wrong, each with what it is about."""
     scopes: list[_Scope] = []
     problems: list[_Problem] = []
-    for line in message.splitlines():
+    for number, line in enumerate(message.split("\n")):
         text = line.lstrip(" -")
         column = len(line) - len(text)
+        if number and not column:  # the second line of a value
+            continue
         if text.startswith("Given value: ") and (union := [s for s in scopes if s.column == column]):
             union[-1].value = text.removeprefix("Given value: ")
             continue
@@ -113,7 +109,7 @@ def _tell(problem: _Problem, parser: ArgumentParser) -> str:
     for pattern, tell in _TELLERS:
         if match := re.match(pattern, text):
             return tell(problem, parser, *match.groups())
-    return f"{text[:1].upper()}{text[1:]}{_in(_place(problem))}."
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}{_in(_place(problem))}."
 
 
 def _unknown_key(problem: _Problem, parser: ArgumentParser, group: str | None, key: str) -> str:
@@ -127,14 +123,14 @@ def _unknown_key(problem: _Problem, parser: ArgumentParser, group: str | None, k
     else:
         known = [name for name in known if "." not in name]
         owner = class_path
-    return f"`{key}` is not a setting of {owner}{_in(outer)}; {_nearest_setting(key, known)}."
+    return f"`{key}` is not a setting of {owner}{_in(outer)}; {nearest_setting(key, known)}."
 
 
 def _unknown_option(problem: _Problem, parser: ArgumentParser, key: str) -> str:
     known = options_of(parser)
     head, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == head]
-    return f"`{key}` is not a setting of {parser.prog.split()[-1]}; {_nearest_setting(key, siblings or known)}."
+    return f"`{key}` is not a setting of {parser.prog.split()[-1]}; {nearest_setting(key, siblings or known)}."
 
 
 def _unrecognized(problem: _Problem, parser: ArgumentParser, arguments: str) -> str:
@@ -144,7 +140,7 @@ def _unrecognized(problem: _Problem, parser: ArgumentParser, arguments: str) -> 
         return f"`{words[0]}` is no argument that is understood; give settings as `--name=value`."
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     name = flag.partition("=")[0]
-    return f"`{name}` is not an argument of {parser.prog.split()[-1]}; {_nearest_setting(name, known, few=0)}."
+    return f"`{name}` is not an argument of {parser.prog.split()[-1]}; {nearest_setting(name, known, few=0)}."
 
 
 def _bad_class_path(problem: _Problem, parser: ArgumentParser, name: str | None = None) -> str:
@@ -154,20 +150,24 @@ def _bad_class_path(problem: _Problem, parser: ArgumentParser, name: str | None 
     missing = re.match(r"No module named '(.+)'$", problem.text)
     if missing and not f"{class_path}.".startswith(f"{missing[1]}."):
         return f"`{class_path}`{_in(outer)} cannot be imported, because there is no module named '{missing[1]}'."
-    near = _nearest_class(class_path, None)
+    near = nearest_class(class_path, None)
     way_out = f"the nearest is {near}" if near else "check its module and name"
     where = _in(outer if name is None else _place(problem))
     return f"`class_path`={class_path}{where} does not exist; {way_out}."
 
 
 def _not_a_subclass(problem: _Problem, parser: ArgumentParser, class_path: str, base: str) -> str:
-    near = _nearest_class(class_path, base)
+    near = nearest_class(class_path, base)
     way_out = f"use one such as {near}" if near else "use one that is"
     return f"`class_path`={class_path} is not a {base}, which `{_place(problem)}` takes; {way_out}."
 
 
+def _another_class(problem: _Problem, parser: ArgumentParser, only: str, class_path: str) -> str:
+    return f"`class_path`={class_path} is not {only}, which alone `{_place(problem)}` takes; leave it out."
+
+
 def _abstract(problem: _Problem, parser: ArgumentParser, class_path: str) -> str:
-    near = _nearest_class(class_path, class_path.rpartition(".")[2])
+    near = nearest_class(class_path, class_path.rpartition(".")[2])
     way_out = f"use one of its subclasses, such as {near}" if near else "use one of its subclasses"
     return f"`class_path`={class_path} in `{_place(problem)}` is a base class alone; {way_out}."
 
@@ -191,7 +191,15 @@ def _no_command(problem: _Problem, parser: ArgumentParser, commands: str) -> str
 
 
 def _bad_command(problem: _Problem, parser: ArgumentParser, command: str, commands: str) -> str:
-    return f"`{command}` is not a command; {_nearest_setting(command, re.findall(r'[a-z]+', commands))}."
+    return f"`{command}` is not a command; {nearest_setting(command, re.findall(r'[a-z]+', commands))}."
+
+
+def _no_mapping(problem: _Problem, parser: ArgumentParser, key: str, value: str) -> str:
+    return f"`{key}`={shortened(value)} must hold settings by name."
+
+
+def _no_text(problem: _Problem, parser: ArgumentParser, what: str, value: str) -> str:
+    return f"`{_place(problem)}`: a {what} must be text, and {value} is none."
 
 
 _TELLERS: list[tuple[str, Any]] = [
@@ -199,8 +207,11 @@ _TELLERS: list[tuple[str, Any]] = [
     (r"Subcommand '.+' does not accept option '(.+)'$", _unknown_option),
     (r"unrecognized arguments: (.+)$", _unrecognized),
     (r"(?:No module named|module '.+' has no attribute) ", _bad_class_path),
-    (r"(?:Expected a dot import path string|Unexpected import path format): (.+)$", _bad_class_path),
+    (r"(?:Expected a dot import path string|Unexpected import path format): (.*)$", _bad_class_path),
+    (r'Parser key "(.+)": Unable to load config "(.*)"', _no_mapping),
+    (r"Not of type (Path): expected str, .*not (\w+)$", _no_text),
     (r"Import path (\S+) does not correspond to a subclass of (\w+)$", _not_a_subclass),
+    (r"Subclasses are disabled for (\w+), thus '(.+?)'", _another_class),
     (r"Expected an instantiatable class, but (\S+) is abstract$", _abstract),
     (r"the following arguments are required: (.+)$", _required),
     (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
@@ -223,7 +234,7 @@ def _mismatch(deepest: _Problem, alternatives: Sequence[_Problem]) -> str:
     choices = re.search(r"Literal\[(.+)\]", " ".join(problem.text for problem in alternatives))
     near = difflib.get_close_matches(str(value), re.findall(r"'(.+?)'", choices[1]), n=1) if choices else []
     hint = f"; the nearest is {near[0]}" if near else ""
-    return f"`{name}`={textwrap.shorten(str(value), 60, placeholder='…')}{owner} must be {allowed}{hint}."
+    return f"`{name}`={shortened(value)}{owner} must be {allowed}{hint}."
 
 
 def _beside_class_path(value: str | None) -> str | None:
@@ -245,47 +256,6 @@ def _type_in_words(text: str) -> str:
     wanted = text.removeprefix("Expected ").split(". Got value")[0]
     match = re.match(r"an? <class '(?:.+\.)?(.+)'>", wanted)
     return _TYPES.get(match[1], match[1]) if match else wanted
-
-
-def settings_of(class_path: str) -> list[str]:
-    """The settings of a class as jsonargparse sees them, dotted for those of a nested group."""
-    module, _, name = class_path.rpartition(".")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
-    return options_of(parser)
-
-
-def options_of(parser: ArgumentParser) -> list[str]:
-    """The settings of a parser, dotted for those of a group."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
-
-
-def _nearest_setting(name: str, known: Collection[str], few: int = 12) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    if close:
-        return f"the nearest is `{close[0]}`"
-    if 0 < len(known) <= few:
-        return f"there {'are' if len(known) > 1 else 'is'} {', '.join(f'`{name}`' for name in known)}"
-    return "see --help for what there is"
-
-
-def _nearest_class(class_path: str, base: str | None) -> str | None:
-    """The full path of the class most like `class_path`, among the subclasses of `base` where one is given."""
-    module, _, name = class_path.rpartition(".")
-    known: dict[str, str] = {}
-    for package in dict.fromkeys((module, *_PACKAGES)):
-        try:
-            loaded = import_module(package)
-        except (ImportError, ValueError):
-            continue
-        for entry in getattr(loaded, "__all__", vars(loaded)):
-            found = getattr(loaded, entry, None)
-            if inspect.isclass(found) and not inspect.isabstract(found) and not entry.startswith("_"):
-                own = found.__module__.startswith(package) or hasattr(loaded, "__all__")
-                if own and (base is None or base in [parent.__name__ for parent in found.__mro__[1:]]):
-                    known.setdefault(entry, f"{package}.{entry}")
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0 if base else 0.6)
-    return known[close[0]] if close else None
 
 
 def _place(problem: _Problem) -> str:

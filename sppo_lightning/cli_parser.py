@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sppo_lightning.cli_errors import sentence
-from sppo_lightning.errors import InputError
 from sppo_lightning.masking import masked, masked_text
 
 
@@ -38,21 +37,21 @@ class Parser(LightningArgumentParser):
         return super().dump(masked(namespace), *args, **settings)
 
     def instantiate_classes(self, cfg: Namespace, **settings: Any) -> Namespace:
-        """Build the components; an `InputError` of one of them comes out as it was raised."""
-        refusals: list[InputError] = []
+        """Build the components; what one of them raises comes out as it was raised."""
+        raised: list[Exception] = []
 
         def instantiate(class_type: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return class_type(*args, **kwargs)
-            except InputError as error:
-                refusals.append(error)
+            except Exception as error:
+                raised.append(error)
                 raise
 
         self.add_instantiator(instantiate, object)
         try:
             return super().instantiate_classes(cfg, **settings)
         except Exception:
-            if not refusals:
+            if not raised:
                 raise
             # jsonargparse has put it among the errors of the other types that the value might have had
-            raise refusals[0] from None
+            raise raised[0] from None

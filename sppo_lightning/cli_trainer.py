@@ -39,7 +39,7 @@ def told_in_one_sentence(accelerator: Any = None) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:  # of a checkpoint that Lightning found by itself
         raise InputError(f"The checkpoint {UNSAFE}; set `--weights_only=false` if you trust it.") from error
-    except (MisconfigurationException, ValueError, TypeError, KeyError) as error:
+    except (MisconfigurationException, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
         if not _is_refusal(error):
             raise
         raise InputError(_sentence(str(error.args[0] if error.args else error), accelerator)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -18,6 +19,10 @@ _CRITICS = {
 
 def check_combination(module: Any) -> None:
     """Check advantage, objective, critic and the critic's loss of an `SPPOModule` against each other."""
+    if not 0 <= module.kl_coef < math.inf:
+        raise InputError(
+            f"`kl_coef`={module.kl_coef} is no weight of a penalty; use 0 (none) or more, such as 0.001."
+        )
     check_option("kl_estimator", module.kl_estimator, KLEstimator)
     check_option("kl_in", module.kl_in, KLPlace)
     advantage, critic = module.advantage, module.critic

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader
 
-from sppo_lightning.cli_errors import settings_of
-from sppo_lightning.errors import InputError
+from sppo_lightning.cli_names import settings_of
+from sppo_lightning.errors import InputError, readable_path, shortened
 from sppo_lightning.pipeline import Stage
+from sppo_lightning.yaml_text import load, text_of
 
 Config = Mapping[str, Any]
 
@@ -48,11 +48,12 @@ def read(name: str) -> Config:
     Raises:
         InputError: For a file that is not there, is not YAML or holds no settings by name.
     """
-    path = Path(name).expanduser()
     if "\n" in name or name.lstrip().startswith("{"):
-        content, folder = _load(name, textwrap.shorten(name, 60, placeholder="…")), Path()
-    elif path.is_file():
-        content, folder = _load(_text(path), name), path.parent
+        content, folder = load(name, textwrap.shorten(name, 60, placeholder="…")), Path()
+    elif (path := readable_path(name, "--config")).is_file():
+        content, folder = load(text_of(path), name), path.parent
+    elif path.is_dir():
+        raise InputError(f"`--config`={name} is a folder; name a YAML file in it.")
     else:
         there = [str(file) for file in sorted(path.parent.glob("*.y*ml"))]
         close = difflib.get_close_matches(str(path), there, n=1)
@@ -85,10 +86,35 @@ def as_text(config: Config) -> str:
     return yaml.safe_dump(config, default_style='"', allow_unicode=True, sort_keys=False)
 
 
+def check_components(node: Any, place: str = "") -> None:
+    """Raise `InputError` for a component whose `class_path` is no name or whose `init_args` hold none."""
+    if isinstance(node, list):
+        for item in node:
+            check_components(item, place)
+    elif isinstance(node, Mapping):
+        where = f" (in `{place}`)" if place else ""
+        class_path, settings = node.get("class_path", "it"), node.get("init_args", {})
+        if not (isinstance(class_path, str) and re.fullmatch(r"\w+(\.\w+)*", class_path)):
+            raise InputError(
+                f"`class_path`={shortened(repr(class_path))}{where} is no dotted name of a class; correct it."
+            )
+        if not isinstance(settings, Mapping):
+            raise InputError(
+                f"`init_args`={shortened(settings)} of {class_path}{where} must hold settings by name; leave it "
+                "out where there are none."
+            )
+        for key, value in node.items():
+            inner = place if key == "init_args" else f"{place}.{key}" if place else f"{key}"
+            check_components(value, inner)
+
+
 def with_unknown_as_null(node: Any, known: Collection[str] | None = None) -> Any:
     """The config with null for each empty mapping that is no setting, which the parser would pass over.
 
     `known` are the settings that `node` may have, dotted for those of a group; None where anything goes.
+
+    Raises:
+        InputError: For a group of settings that holds none, which the parser would find out too late.
     """
     if isinstance(node, list):
         return [with_unknown_as_null(item) for item in node]
@@ -98,11 +124,12 @@ def with_unknown_as_null(node: Any, known: Collection[str] | None = None) -> Any
         settings = node.get("init_args")
         if not isinstance(settings, Mapping):
             return node
-        names = _settings_of(node) if {} in settings.values() else None
-        return {**node, "init_args": with_unknown_as_null(settings, names)}
+        return {**node, "init_args": with_unknown_as_null(settings, _settings_of(node))}
     visible = {}
     for key, value in node.items():
         inner = [name.removeprefix(f"{key}.") for name in known or () if name.startswith(f"{key}.")]
+        if inner and not isinstance(value, Mapping | str):  # text is the name of a file with them
+            raise InputError(f"`{key}`={shortened(value)} must hold settings by name, such as `{inner[0]}`.")
         unknown = known is not None and key not in known and not inner
         visible[key] = None if value == {} and unknown else with_unknown_as_null(value, inner or None)
     return visible
@@ -113,25 +140,6 @@ def _settings_of(component: Config) -> list[str] | None:
         return settings_of(component["class_path"])
     except Exception:  # no such class: which the parser will say
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"`--config`={path} is not valid YAML: {error}.") from error
-
-
-def _load(text: str, name: str) -> Any:
-    try:
-        content = get_loader("yaml")(text)  # the parser's own, to which 1e-3 is a number
-        # it hands a mapping of nothing but nulls back as text
-        return yaml.safe_load(text) if isinstance(content, str) else content
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise InputError(f"`--config`={name} is not valid YAML{line}: {reason}.") from error
 
 
 def _with_paths_from(folder: Path, node: Any) -> Any:
@@ -151,7 +159,7 @@ def _merged(earlier: Any, later: Any, place: tuple[str, ...]) -> Any:
     if later is None:
         return None
     if _is_yaml(earlier) and Path(earlier).is_file():  # a component from a file of its own
-        earlier = _with_paths_from(Path(earlier).parent, _load(_text(Path(earlier)), earlier))
+        earlier = _with_paths_from(Path(earlier).parent, load(text_of(Path(earlier)), earlier))
     if place in _BY_ITEM and any(isinstance(side, list) for side in (earlier, later)):
         before, after = _items(earlier), _items(later)
         return later if before is None or after is None else _merged_items(before, after)

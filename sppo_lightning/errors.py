@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, get_args
 
 
@@ -25,3 +26,20 @@ def nearest(word: str, options: Collection[str]) -> str:
     """`", the nearest is …"` for the option most like `word`, or the empty string where none is like it."""
     close = difflib.get_close_matches(word, list(options), n=1)
     return f", the nearest is {close[0]}" if close else ""
+
+
+def shortened(value: Any) -> str:
+    """The value as text of at most 60 characters, for a sentence."""
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def readable_path(name: str, setting: str) -> Path:
+    """`name` as a path, `~` expanded; raises `InputError` where the system does not say whether it is there."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, no right to look, or no such user
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"`{setting}`={shortened(name)} cannot be read ({reason}); check its path.") from error
+    return path

@@ -26,6 +26,12 @@ def peak_memory() -> dict[str, float]:
     return peaks
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there is no memory left, here or on a GPU."""
+    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 class Gauge:
     """Memory of this process, in bytes: on a GPU what tensors take, else what is resident in main memory.
 

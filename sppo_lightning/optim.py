@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -36,8 +37,9 @@ class GroupOptimizer:
 
     def __post_init__(self) -> None:
         checks = [
-            ("lr", self.lr, self.lr >= 0, "0 or more"),
-            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+            ("lr", self.lr, 0 <= self.lr < math.inf, "0 or more, and finite"),
+            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more, and finite"),
+            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers from 0, and below 1"),
             ("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0, or .inf to leave it unclipped"),
             ("warmup_updates", self.warmup_updates, self.warmup_updates >= 0, "0 or more"),
         ]

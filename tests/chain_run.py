@@ -55,6 +55,7 @@ def run(
     *callbacks: Callback,
     strategy: Any = "ddp_fork",
     samples: int = 1,
+    batch_size: int = 8,
     prefetch: int = 0,
     ckpt_path: str | None = None,
     trainer_settings: dict[str, Any] | None = None,
@@ -69,7 +70,7 @@ def run(
     data = PromptDataModule(
         train=ChainTask({"1-3": 1.0}, size=24),
         validation={"few": ChainTask({"1-3": 1.0}, size=3, split="validation")},
-        batch_size=8,
+        batch_size=batch_size,
         validation_batch_size=2,
         shuffle=False,
     )

@@ -38,6 +38,12 @@ def test_many_processes_do_what_one_does(ranks: int, silent: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_three_processes_of_which_one_never_has_a_prompt_to_validate() -> None:
+    settings: dict[str, Any] = {"batch_size": 12, "mini_batch_size": 6}
+    check_same(run(1, **settings), run(3, **settings))
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", [grpo, rloo, ppo, article])
 def test_every_family_does_on_two_processes_what_it_does_on_one(family: Callable[[], dict[str, Any]]) -> None:
     check_same(run(1, **family()), run(2, **family()))

@@ -81,14 +81,17 @@ def test_a_decay_needs_an_end(schedule: Any):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"lr": -1e-6}, "`lr`=-1e-06 of an optimizer cannot be used; it must be 0 or more."),
-        ({"weight_decay": -0.1}, "`weight_decay`=-0.1 of an optimizer cannot be used; it must be 0 or more."),
+        ({"lr": -1e-6}, "`lr`=-1e-06 of an optimizer cannot be used; it must be 0 or more, and finite."),
+        (
+            {"weight_decay": -0.1},
+            "`weight_decay`=-0.1 of an optimizer cannot be used; it must be 0 or more, and finite.",
+        ),
         (
             {"max_grad_norm": 0.0},
             "`max_grad_norm`=0.0 of an optimizer cannot be used; it must be above 0, or .inf to leave it unclipped.",
         ),
         ({"warmup_updates": -1}, "`warmup_updates`=-1 of an optimizer cannot be used; it must be 0 or more."),
-        ({"lr": math.nan}, "`lr`=nan of an optimizer cannot be used; it must be 0 or more."),
+        ({"lr": math.nan}, "`lr`=nan of an optimizer cannot be used; it must be 0 or more, and finite."),
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, float], sentence: str):

@@ -69,13 +69,16 @@ def changed(changes: Mapping[str, Any], config: Mapping[str, Any] = CONFIG) -> d
 
 
 def write_files(
-    changes: Mapping[str, Any], rows: list[Any] = GOOD, tokenizer: Mapping[str, Any] | None = None
+    changes: Mapping[str, Any],
+    rows: list[Any] = GOOD,
+    tokenizer: Mapping[str, Any] | None = None,
+    folder: Path = Path(),
 ) -> None:
     """`config.yaml`, the training rows and the tokenizers (the policy's with other attributes) in this folder."""
-    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    word_tokenizer(WORDS.split()).save_pretrained("critic")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    word_tokenizer(WORDS.split()).save_pretrained(folder / "critic")
     policys = word_tokenizer(WORDS.split())
     for name, value in (tokenizer or {}).items():
         setattr(policys, name, value)
-    policys.save_pretrained("tokenizer")
-    Path("config.yaml").write_text(yaml.safe_dump(changed(changes)))
+    policys.save_pretrained(folder / "tokenizer")
+    (folder / "config.yaml").write_text(yaml.safe_dump(changed(changes)))

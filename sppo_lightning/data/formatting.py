@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sppo_lightning.data.layouts import RowError, Turns
@@ -70,7 +69,7 @@ class PromptFormat:
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program that comes with the model
             raise RowError(f"the chat template refuses the messages ({error})") from error
         return str(text), turns
 

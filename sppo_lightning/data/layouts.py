@@ -64,11 +64,13 @@ class BadRows:
         return sum(map(len, self.reasons.values()))
 
     def summary(self) -> str:
-        """The count, and the reasons with the first five rows of each."""
+        """The count, and the first five reasons with the first five rows of each."""
         details = []
-        for reason, rows in self.reasons.items():
+        for reason, rows in list(self.reasons.items())[:5]:
             more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
             details.append(f"row{'s'[: len(rows) > 1]} {', '.join(map(str, rows[:5]))}{more}: {reason}")
+        if len(self.reasons) > 5:
+            details.append(f"and {len(self.reasons) - 5} more reasons")
         return f"{len(self)} unusable row{'s'[: len(self) > 1]}, counted from 0 ({'; '.join(details)})"
 
 
@@ -79,13 +81,16 @@ def read_source(source: PromptSource, gold_required: bool = True) -> tuple[list[
         InputError: For a source without rows, an unknown layout, and a column that is not there.
     """
     rows = list(source.rows())
-    if not rows:
-        raise InputError(f"{source.origin} holds no rows; give a source with at least one prompt.")
     present = dict.fromkeys(column for row in rows for column in row)
+    if not present:
+        raise InputError(f"{source.origin} holds no rows; give a source with at least one prompt.")
     layout = resolve_layout(source, present, gold_required)
     records, bad = [], BadRows()
+    ids: dict[str | int, int] = {}  # the first row of each
     for number, row in enumerate(rows):
         try:
+            if isinstance(own := row.get("id"), str | int) and ids.setdefault(own, number) != number:
+                raise RowError("id repeats that of an earlier row")
             records.append(read_row(number, row, layout, gold_required))
         except RowError as error:
             bad.add(number, str(error))
@@ -150,7 +155,8 @@ def read_row(number: int, row: Row, layout: Layout, gold_required: bool = True) 
     """What one row says.
 
     Raises:
-        RowError: Where the prompt, the gold answer or a mapped demonstration is missing or of the wrong type.
+        RowError: Where the prompt, the gold answer or a mapped demonstration is missing, of the wrong type or no
+            text that can be encoded.
     """
     prompt = _prompt(reach(row, layout.prompt), layout.prompt)
     answer = reach(row, layout.answer)
@@ -164,6 +170,10 @@ def read_row(number: int, row: Row, layout: Layout, gold_required: bool = True) 
     gold = _gold(answer, place)
     if gold is None and gold_required:
         raise RowError(f"no gold answer in {place}")
+    said = prompt if isinstance(prompt, str) else "".join(turn["role"] + turn["content"] for turn in prompt)
+    for name, text in ((layout.prompt, said), (place, gold), (column, demonstration)):
+        if any("\ud800" <= character <= "\udfff" for character in text or ""):
+            raise RowError(f"{name} holds half of a surrogate pair, which is no character")
     used = {layout.prompt, layout.answer, column}
     metadata = {name: value for name, value in row.items() if name not in used}
     return Record(number, prompt, gold or "", demonstration, metadata)
@@ -183,16 +193,16 @@ def reach(row: Row, path: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and scalars of numpy as Python objects, NaN as None, everything else as it is."""
+    """Arrays and scalars of numpy as Python objects, NaN and infinity as None, everything else as it is."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json(text: str) -> Any:
     """What JSON text says, or None for other text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -153,6 +153,11 @@ class PromptLoader:
 
 
 def _check_batch_size(batch_size: int, prompts: int, world_size: int) -> None:
+    if prompts < world_size:
+        raise InputError(
+            f"There {'is 1 training prompt' if prompts == 1 else f'are {prompts} training prompts'} for "
+            f"{world_size} ranks; give at least one per rank, or use fewer ranks."
+        )
     if batch_size % world_size:
         below, above = batch_size // world_size * world_size, -(-batch_size // world_size) * world_size
         raise InputError(
@@ -160,8 +165,7 @@ def _check_batch_size(batch_size: int, prompts: int, world_size: int) -> None:
             f"use {f'{below} or ' if below else ''}{above}."
         )
     if prompts < batch_size:
-        most = prompts // world_size * world_size
         raise InputError(
             f"`batch_size`={batch_size} is more than the {prompts} training prompts, so there is no whole "
-            f"batch; use {f'{most} or less' if most else f'at least {world_size} prompts, one per rank'}."
+            f"batch; use {prompts // world_size * world_size} or less."
         )

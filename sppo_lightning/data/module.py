@@ -165,13 +165,16 @@ class PromptDataModule(LightningDataModule):
                 bad.add(record.row, why)
                 continue
             prompts.append(prompt)
+        lengths = self._lengths(prompts, prompt_format)
+        for prompt in (prompt for prompt, n in zip(prompts, lengths, strict=True) if not n):
+            bad.add(prompt.row, "its prompt has no token")
         if bad and self.on_bad_row == "error":
             way_out = "mend or remove them, or set `on_bad_row` to skip"
             raise InputError(f"{source.origin} has {bad.summary()}; {way_out}.")
-        if not prompts:
+        if not any(lengths):
             raise InputError(f"{source.origin} has nothing but {bad.summary()}; mend at least one.")
-        short = self._short_enough(prompts, prompt_format)
-        self.skipped[name], self.dropped[name] = len(bad), len(prompts) - len(short)
+        short = [p for p, n in zip(prompts, lengths, strict=True) if 0 < n <= self.max_prompt_tokens]
+        self.skipped[name], self.dropped[name] = len(bad), sum(n > self.max_prompt_tokens for n in lengths)
         rank_zero_info(
             f"{name}: {len(short)} prompts of {source.origin}; left out {self.dropped[name]} longer than "
             f"{self.max_prompt_tokens} tokens and {self.skipped[name]} that cannot be used."
@@ -183,13 +186,10 @@ class PromptDataModule(LightningDataModule):
             )
         return short
 
-    def _short_enough(self, prompts: list[Prompt], prompt_format: PromptFormat) -> list[Prompt]:
-        short = []
-        for start in range(0, len(prompts), _CHUNK):
-            chunk = prompts[start : start + _CHUNK]
-            lengths = map(len, prompt_format.encode([prompt.text for prompt in chunk]))
-            short += [p for p, n in zip(chunk, lengths, strict=True) if n <= self.max_prompt_tokens]
-        return short
+    def _lengths(self, prompts: list[Prompt], prompt_format: PromptFormat) -> list[int]:
+        """Tokens of each prompt."""
+        chunks = (prompts[start : start + _CHUNK] for start in range(0, len(prompts), _CHUNK))
+        return [len(ids) for chunk in chunks for ids in prompt_format.encode([prompt.text for prompt in chunk])]
 
     def prompts(self) -> Iterator[Prompt]:
         """The prompts of every data set that was set up."""

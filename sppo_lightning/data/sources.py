@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sppo_lightning.errors import InputError, nearest
+from sppo_lightning.errors import InputError, nearest, readable_path, shortened
 
 Split = TypeVar("Split")
 Row = Mapping[str, Any]  # column → value, as the file gives it
@@ -88,11 +89,14 @@ class PromptFile(PromptSource):
         Raises:
             InputError: For a path or split that does not exist, and for a file that cannot be read.
         """
+        if not self.path.strip():
+            raise InputError("`path` is empty; give a file, a folder or a hub id.")
+        path = readable_path(self.path, "path")
         if is_hub_id(self.path):
             rows = _hub_rows(self.path, self.split, self.subset, self.revision)
         else:
-            rows = chain.from_iterable(map(_file_rows, _files_of(Path(self.path).expanduser(), self.split)))
-        return islice(rows, self.limit)
+            rows = chain.from_iterable(map(_file_rows, _files_of(path, self.split)))
+        return islice(rows, None if self.limit is None else min(self.limit, sys.maxsize))
 
 
 def _file_rows(path: Path) -> Iterable[Row]:
@@ -101,10 +105,10 @@ def _file_rows(path: Path) -> Iterable[Row]:
         raise InputError(f"`path`={path} has an ending that is not read; use one of {', '.join(_READERS)}.")
     try:
         return reader(path)
-    except InputError:
+    except (InputError, MemoryError):
         raise
-    except (OSError, ValueError) as error:  # what pyarrow, pandas and json raise on a damaged file
-        reason = str(error).split("\n")[0].rstrip(".")
+    except Exception as error:  # pyarrow, pandas and json have many kinds for a damaged file
+        reason = str(error).split("\n")[0].split(";")[0].rstrip(".")
         raise InputError(f"`path`={path} cannot be read as {path.suffix}: {reason}.") from error
 
 
@@ -131,8 +135,9 @@ def _json_lines(path: Path) -> list[Row]:
                 continue
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"`path`={path} is not JSON in line {number}: {error}.") from error
+            except (ValueError, RecursionError) as error:
+                reason = str(error).split(";")[0]  # behind it, what a programmer could do
+                raise InputError(f"`path`={path} is not JSON in line {number}: {reason}.") from error
             if not isinstance(rows[-1], dict):
                 raise InputError(f"`path`={path} holds no JSON object in line {number}: {line.strip()[:40]}.")
     return rows
@@ -160,7 +165,7 @@ _READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
 
 def is_hub_id(path: str) -> bool:
     """Whether `path` can only be a hub id: `name` or `owner/name`, and nothing on this disk."""
-    shaped = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+    shaped = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
     return shaped and Path(path).suffix not in _READERS and not Path(path).exists()
 
 
@@ -190,16 +195,18 @@ def _choose(splits: Mapping[str, Split], split: str | None, path: str) -> Split:
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split is None:
-        raise InputError(f"`path`={path} has the splits {', '.join(splits)}; set `split` to one of them.")
+        raise InputError(
+            f"`path`={path} has the splits {shortened(', '.join(splits))}; set `split` to one of them."
+        )
     if split not in splits:
-        raise InputError(f"`split`={split} is not in {path}, which has {', '.join(splits)}.")
+        raise InputError(f"`split`={split} is not in {path}, which has {shortened(', '.join(splits))}.")
     return splits[split]
 
 
 def _missing(path: Path) -> str:
     folder = next(parent for parent in path.parents if parent.exists())
     if folder != path.parent:
-        return f"`path`={path} does not exist: there is no such folder in {folder}."
+        return f"`path`={path} does not exist: there is no such folder in {folder.resolve()}."
     names: Sequence[str] = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _READERS)
     others = nearest(path.name, names) or (f", which has {', '.join(names[:3])}" if names else "")
     return f"`path`={path} does not exist in {folder.resolve()}{others}."

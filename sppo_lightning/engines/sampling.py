@@ -41,10 +41,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        samples, warm = (
+            self.samples_per_prompt,
+            1e-4 <= self.temperature <= 1e4,
+        )  # beyond, float32 has no logits left
         checks = [
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
-            ("samples_per_prompt", self.samples_per_prompt, self.samples_per_prompt >= 1, "1 or more"),
+            ("temperature", self.temperature, warm or self.temperature == 0, "0 (greedy), or from 1e-4 to 1e4"),
+            ("max_new_tokens", self.max_new_tokens, 1 <= self.max_new_tokens <= 2**24, "from 1 to 2**24"),
+            ("samples_per_prompt", samples, 1 <= samples <= 2**16, "from 1 to 2**16"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (keep all) or more"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "0 (keep all) or more, and below 1"),

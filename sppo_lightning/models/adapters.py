@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -47,8 +48,8 @@ class LoRA:
 
     def __post_init__(self) -> None:
         checks = [
-            ("rank", self.rank, self.rank >= 1, "1 or more"),
-            ("alpha", self.alpha, self.alpha > 0, "above 0"),
+            ("rank", self.rank, 1 <= self.rank <= 2**14, "from 1 to 2**14"),
+            ("alpha", self.alpha, 0 < self.alpha < math.inf, "above 0 and finite"),
             ("dropout", self.dropout, 0 <= self.dropout < 1, "0 or more and below 1"),
             ("target_modules", self.target_modules, self.target_modules not in ([], ""), "names, or all-linear"),
         ]

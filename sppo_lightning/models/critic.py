@@ -40,6 +40,8 @@ class PromptCritic(Critic):
         self, *args: Any, max_prompt_tokens: int = 2048, freeze_backbone: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        if max_prompt_tokens < 1:
+            raise InputError(f"`max_prompt_tokens`={max_prompt_tokens} of the critic leaves none; use 1 or more.")
         self.max_prompt_tokens = max_prompt_tokens
         self.freeze_backbone = freeze_backbone
         if freeze_backbone and self.lora is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from sppo_lightning.models.pretrained import PretrainedModule
 from sppo_lightning.models.tensor_parallel import with_the_group
 
 
-class Critic(PretrainedModule):
+class Critic(PretrainedModule, ABC):
     """Predicts rewards; what its outputs mean (a logit, a value) is for its loss to say.
 
     Any causal language model serves, of any size and family. A value head that `pretrained` brings along, as the
@@ -58,13 +58,13 @@ class Critic(PretrainedModule):
 
     def check_weights(self, info: dict[str, Any]) -> None:
         """Refuse a classifier of something else, and a checkpoint that lacks weights below its head."""
-        labels = [found for name, found, _ in info["mismatched_keys"] if name in self.head_weights()]
-        if labels:
-            raise InputError(
-                f"`{self.setting}.pretrained`={self.pretrained!r} is a classifier of {labels[0][0]} labels, and a "
-                "critic predicts one; give a causal language model, such as Qwen/Qwen2.5-0.5B, or an exported "
-                "critic."
-            )
+        for name, found, wanted in info["mismatched_keys"]:
+            if name in self.head_weights():
+                raise InputError(
+                    f"`{self.setting}.pretrained`={self.pretrained!r} has a head `{name}` of the shape "
+                    f"{list(found)}, and a critic needs {list(wanted)}, one prediction; give a causal language "
+                    "model, such as Qwen/Qwen2.5-0.5B, or an exported critic."
+                )
         super().check_weights(info)
 
     def head_weights(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.memory import is_out_of_memory
 
 LOAD_ERRORS = (AttributeError, ImportError, OSError, StrictDataclassError, ValueError)  # of transformers' loaders
+_MOST_PARTS = 10_000  # layers or experts; each takes time to make, whatever its size
 _GENERIC = (
     "TokenizersBackend",
     "PreTrainedTokenizerFast",
@@ -64,9 +67,10 @@ def read_tokenizer(name: str, setting: str, trust_remote_code: bool = False) -> 
         generic = get_tokenizer_config(name).get("tokenizer_class") in _GENERIC
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what files of another form lead to is of any kind
         raise InputError(
-            f"`{setting}`={name!r} holds no tokenizer that transformers can load ({error})."
+            f"`{setting}`={name!r} holds no tokenizer that transformers can load ({first_sentence(error)}); "
+            "give the folder or hub id of another."
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
         raise InputError(
@@ -116,13 +120,17 @@ def load_model(
         elif quantization is not None:
             raise InputError(f"`{setting}.lora.load_in_4bit`=True needs `pretrained`, not `config`.")
         else:
-            model = auto_class.from_config(adapt(AutoConfig.for_model(**config)), **options)
+            model = _from_config(auto_class, adapt(AutoConfig.for_model(**config)), options)
             info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set()}
     except InputError:
         raise
-    except LOAD_ERRORS as error:
+    except Exception as error:  # what a config's values lead to in a family's own code is of any kind
+        if is_out_of_memory(error):
+            raise
         _check_attention(error, setting, attn_implementation)
-        raise InputError(f"{refusal} as {auto_class.__name__} ({first_sentence(error)}); {way_out}.") from error
+        kind = "" if isinstance(error, LOAD_ERRORS) else f"{type(error).__name__}: "
+        reason = f"{kind}{first_sentence(error)}"
+        raise InputError(f"{refusal} as {auto_class.__name__} ({reason}); {way_out}.") from error
     return model.eval(), info
 
 
@@ -132,17 +140,37 @@ def _refusal(pretrained: str | None, config: dict[str, Any] | None, setting: str
         model_type = config.get("model_type")
         if model_type is None:
             raise InputError(f"`{setting}.config` needs a `model_type` that transformers knows, such as qwen2.")
+        for name, value in config.items():
+            if re.search("layer|block|expert", str(name)) and isinstance(value, int) and value > _MOST_PARTS:
+                raise InputError(f"`{setting}.config.{name}`={value} is more than any model has; lower it.")
+            if name in ("num_hidden_layers", "n_layer") and value == 0:
+                raise InputError(f"`{setting}.config.{name}`=0 leaves no layer that reads; use 1 or more.")
         return (
             f"`{setting}.config.model_type`={model_type!r} cannot be built",
             "correct its values or use another family, such as qwen2",
         )
     if pretrained is not None:
         check_exists(pretrained, f"{setting}.pretrained")
+        if Path(pretrained, "adapter_config.json").is_file() and not Path(pretrained, "config.json").is_file():
+            raise InputError(
+                f"`{setting}.pretrained`={pretrained!r} holds adapters, not a model; give the folder of a whole "
+                "one, with adapters merged, as HFExport writes it."
+            )
         return (
             f"`{setting}.pretrained`={pretrained!r} cannot be loaded",
             "give the folder or hub id of another model, such as Qwen/Qwen2.5-1.5B",
         )
     raise InputError(f"`{setting}` needs `pretrained` (a folder or hub id) or `config` (random weights).")
+
+
+def _from_config(auto_class: Any, config: PreTrainedConfig, options: dict[str, Any]) -> nn.Module:
+    """A model with random weights, unless they are more than this machine's memory, which would take it down."""
+    with torch.device("meta"):
+        size = sum(4 * weight.numel() for weight in auto_class.from_config(config, **options).parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ValueError(f"its weights take {size / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB")
+    return auto_class.from_config(config, **options)
 
 
 @contextmanager

@@ -11,8 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sppo_lightning.errors import InputError
+from sppo_lightning.memory import is_out_of_memory
 from sppo_lightning.models.adapters import LoRA, add_adapters
-from sppo_lightning.models.loading import compile_layers, load_model, load_tokenizer, recompute_layers
+from sppo_lightning.models.loading import (
+    check_exists,
+    compile_layers,
+    first_sentence,
+    load_model,
+    load_tokenizer,
+    recompute_layers,
+)
 from sppo_lightning.models.quantized import in_4_bits, settle
 
 
@@ -64,6 +72,8 @@ class PretrainedModule(nn.Module):
         """The module's own tokenizer, loaded on first use."""
         if self.tokenizer_name is None:
             raise InputError(f"`{self.setting}` needs `pretrained`, or `config` together with `tokenizer`.")
+        if self.pretrained is not None:
+            check_exists(self.pretrained, f"{self.setting}.pretrained")
         return load_tokenizer(self.tokenizer_name, f"{self.setting}.tokenizer", self.trust_remote_code)
 
     def build(self) -> None:
@@ -87,9 +97,19 @@ class PretrainedModule(nn.Module):
         if self.lora is not None and self.lora.load_in_4bit:
             settle(self, self.model)
         self.check_weights(info)
+        self._check_vocabulary()
         if self.gradient_checkpointing:
             recompute_layers(self.model, self.setting)
-        self.prepare_head(info)
+        try:
+            self.prepare_head(info)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError) or is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"`{self.setting}.{'pretrained' if self.config is None else 'config'}` makes a "
+                f"{type(self.model).__name__} that cannot read a few tokens ({first_sentence(error)}); correct its "
+                "sizes."
+            ) from error
         if self.lora is not None:
             add_adapters(self.model, self.lora, self.setting, self.head_weights())
         if self.compile_blocks:
@@ -122,6 +142,15 @@ class PretrainedModule(nn.Module):
                 f"`{self.setting}.pretrained`={self.pretrained!r} lacks the weights `{missing[0]}`{more} of "
                 f"{type(self.model).__name__}, which would start at random; give the folder or hub id of a whole "
                 "model."
+            )
+
+    def _check_vocabulary(self) -> None:
+        """Refuse a tokenizer with ids that the model has no embedding for."""
+        rows, ids = len(self.model.get_input_embeddings().weight), len(self.tokenizer)
+        if ids > rows:
+            raise InputError(
+                f"`{self.setting}.tokenizer`={self.tokenizer_name!r} has {ids} tokens, and the model embeds "
+                f"{rows}; give the tokenizer that belongs to it."
             )
 
     def _special_ids(self) -> dict[str, Any]:

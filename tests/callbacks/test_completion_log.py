@@ -1,8 +1,5 @@
 """What CompletionLog leaves on the disk, read as anyone would read it."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from limits import no_file_above
 from tiny_run import data, sft, sppo, stages, trainer_of
 from toy_pipeline import rollouts_of
 
@@ -176,17 +174,6 @@ def test_hostile_text_and_missing_scores_have_the_same_columns(tmp_path: Path):
     assert {row["response"] for row in rows} == {"a\x00\ufffd b\ufffd \U0001f600 \u202e\r\n"}
     assert {row["score/unsure"] is None for row in rows[8:16]} == {True}
     assert {row["score/unsure"] is None for row in rows[16:24]} == {True, False}
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """The system refuses to write more than `size` bytes to a file, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class FullDisk(Callback):

@@ -179,8 +179,7 @@ def test_a_loaded_state_goes_on_with_the_next_spares(make_loader):
             1,
             8,
             2,
-            "`batch_size`=8 is more than the 1 training prompts, so there is no whole batch; "
-            "use at least 2 prompts, one per rank.",
+            "There is 1 training prompt for 2 ranks; give at least one per rank, or use fewer ranks.",
         ),
         (99, 10, 4, "`batch_size`=10 cannot be shared by 4 ranks; use 8 or 12."),
         (99, 3, 4, "`batch_size`=3 cannot be shared by 4 ranks; use 4."),

@@ -87,15 +87,15 @@ def test_extreme_noise_never_draws_an_impossible_token():
     [
         (
             {"temperature": -0.1},
-            "`temperature`=-0.1 of the sampling settings cannot be used; it must be 0 (greedy) or more.",
+            "`temperature`=-0.1 of the sampling settings cannot be used; it must be 0 (greedy), or from 1e-4 to 1e4.",
         ),
         (
             {"max_new_tokens": 0},
-            "`max_new_tokens`=0 of the sampling settings cannot be used; it must be 1 or more.",
+            "`max_new_tokens`=0 of the sampling settings cannot be used; it must be from 1 to 2**24.",
         ),
         (
             {"samples_per_prompt": 0},
-            "`samples_per_prompt`=0 of the sampling settings cannot be used; it must be 1 or more.",
+            "`samples_per_prompt`=0 of the sampling settings cannot be used; it must be from 1 to 2**16.",
         ),
         ({"top_p": 0.0}, "`top_p`=0.0 of the sampling settings cannot be used; it must be above 0 and at most 1."),
         ({"top_p": 1.1}, "`top_p`=1.1 of the sampling settings cannot be used; it must be above 0 and at most 1."),

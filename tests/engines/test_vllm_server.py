@@ -54,7 +54,8 @@ def test_responses_come_from_the_updated_weights(engine: VLLMServerEngine, prefe
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_a_sharded_policy_is_sent_whole(tmp_path: Path, servers: list[VLLMProcess], folder: Path, prefetch: int):
     make_engine = partial(VLLMServerEngine, [server.url for server in servers], FolderTransfer(str(folder)))
-    for watches in on_ranks(2, tmp_path, train_sharded, make_engine, prefetch):
+    # an engine of another test may have made a process group here, which a fork would take along
+    for watches in on_ranks(2, tmp_path, train_sharded, make_engine, prefetch, start_method="spawn"):
         check_watched(watches, prefetch, 1e-4)
 
 

@@ -211,7 +211,7 @@ def test_a_folder_with_another_classifier(tmp_path: Path):
     with pytest.raises(InputError) as raised:
         PromptCritic(saved(critic, tmp_path)).build()
     assert str(raised.value) == (
-        f"`model.critic.pretrained`={str(tmp_path)!r} is a classifier of 3 labels, and a critic predicts one; give a "
+        f"`model.critic.pretrained`={str(tmp_path)!r} has a head `score.weight` of the shape [3, 16], and a critic needs [1, 16], one prediction; give a "
         "causal language model, such as Qwen/Qwen2.5-0.5B, or an exported critic."
     )
 

@@ -221,11 +221,18 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number():
 
 def test_gradient_checkpointing_of_a_model_without_blocks():
     policy = make_policy()
-    again = CausalLMPolicy(config=policy.config | {"num_hidden_layers": 0}, gradient_checkpointing=True)
+    config = {
+        "model_type": "openai-gpt",
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": len(policy.tokenizer),
+    }
+    again = CausalLMPolicy(config=config, gradient_checkpointing=True)
     again.tokenizer = policy.tokenizer
     with pytest.raises(InputError) as raised:
         again.build()
     assert str(raised.value) == (
-        "`model.policy.gradient_checkpointing`=True: Qwen2ForCausalLM has no blocks that transformers tells apart; "
+        "`model.policy.gradient_checkpointing`=True: OpenAIGPTLMHeadModel has no blocks that transformers tells apart; "
         "set it to false."
     )
