@@ -207,6 +207,7 @@ def test_a_checkpoint_whose_model_would_run_code(refused: Callable[..., str]):
     main(["export", "--ckpt=trusting.ckpt", "--to=out", "--trust_remote_code=true"])
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_after_the_command_that_the_refusal_names(refused: Callable[..., str]):
     fit()
     checkpoint = torch.load("kept/last.ckpt", weights_only=True)

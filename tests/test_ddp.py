@@ -43,6 +43,7 @@ def test_three_processes_of_which_one_never_has_a_prompt_to_validate() -> None:
     check_same(run(1, **settings), run(3, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", [grpo, rloo, ppo, article])
 def test_every_family_does_on_two_processes_what_it_does_on_one(family: Callable[[], dict[str, Any]]) -> None:

@@ -48,7 +48,9 @@ def lora() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("silent", [0, 2], ids=["all judged", "one rank without verdicts"])
+@pytest.mark.parametrize(
+    "silent", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["all judged", "one rank without verdicts"]
+)
 def test_sppo_on_two_processes_does_what_it_does_on_one(tmp_path: Path, silent: int) -> None:
     both = on_ranks(2, tmp_path, sharded, silent, MemoryPlan(), kl_coef=0.1)
     one = run(1, silent, kl_coef=0.1)
@@ -58,6 +60,7 @@ def test_sppo_on_two_processes_does_what_it_does_on_one(tmp_path: Path, silent: 
             assert 0.45 * there < held < 0.55 * there  # of every weight a half
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", [grpo, ppo, article, lora])
 def test_every_family_does_on_two_processes_what_it_does_on_one(
@@ -91,7 +94,7 @@ def cut_and_resumed(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("save_distributed_checkpoint", [True, False])
+@pytest.mark.parametrize("save_distributed_checkpoint", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, save_distributed_checkpoint: bool) -> None:
     saved = {"save_distributed_checkpoint": save_distributed_checkpoint}
     for undisturbed, resumed in on_ranks(2, tmp_path, cut_and_resumed, tmp_path, **saved):
@@ -120,6 +123,7 @@ def exported(path: Path, group: int = 1, **settings: Any) -> Any:
     return run(2, 0, None, 6, HFExport(str(path)), strategy=fsdp(group), **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_bf16_is_sampled_from_as_it_is_trained(tmp_path: Path) -> None:
     for weights, metrics in on_ranks(2, tmp_path, in_bf16):

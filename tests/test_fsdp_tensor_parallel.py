@@ -13,7 +13,7 @@ from test_fsdp import cut_and_resumed, fsdp, lora
 
 from sppo_lightning.callbacks import MemoryPlan, SamplerParity
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def sppo() -> dict[str, Any]:
@@ -24,14 +24,8 @@ def cut(ranks: int, *callbacks: Callback, silent: int = 0, **settings: Any) -> A
     return run(ranks, silent, None, 6, *callbacks, strategy=fsdp(2), **settings)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "family"),
-    [
-        (2, sppo),
-        *(pytest.param(2, family, marks=pytest.mark.slow) for family in (grpo, ppo, article, lora)),
-        *(pytest.param(4, family, marks=pytest.mark.slow) for family in (sppo, grpo, ppo, article, lora)),
-    ],
-)
+@pytest.mark.parametrize("family", [sppo, grpo, ppo, article, lora])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_every_family_does_what_it_does_on_one_process(
     tmp_path: Path, ranks: int, family: Callable[[], dict[str, Any]]
 ) -> None:
@@ -42,10 +36,8 @@ def test_every_family_does_what_it_does_on_one_process(
         assert metrics["sampler/parity_gap_max"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("ranks", "in_parts"),
-    [(2, True), *(pytest.param(n, p, marks=pytest.mark.slow) for n, p in [(2, False), (4, True), (4, False)])],
-)
+@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, ranks: int, in_parts: bool) -> None:
     saved = {"save_distributed_checkpoint": in_parts}
     for undisturbed, resumed in on_ranks(ranks, tmp_path, cut_and_resumed, tmp_path, ranks, group=2, **saved):

@@ -27,10 +27,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize(
     ("call", "kept"),
     [
-        (1, set()),
+        pytest.param(1, set(), marks=pytest.mark.slow),
         (2, set()),
         (9, {"epoch=2-step=12.ckpt", "last.ckpt"}),
-        (13, {"epoch=3-step=20.ckpt", "last.ckpt"}),
+        pytest.param(13, {"epoch=3-step=20.ckpt", "last.ckpt"}, marks=pytest.mark.slow),
     ],
     ids=["first validation", "first iteration", "seventh iteration", "validation after the tenth"],
 )

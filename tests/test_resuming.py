@@ -37,6 +37,7 @@ def test_twenty_iterations_are_ten_a_kill_and_ten(tmp_path: Path, whole: Run, de
     assert_undisturbed(run, whole)
 
 
+@pytest.mark.slow
 def test_what_is_added_to_lightnings_checkpoint_matters(tmp_path: Path, whole: Run) -> None:
     run = Run(tmp_path)
     assert outcome(lambda: run(SignalsLast(KILL, 10, "on_train_batch_end"))) == -KILL

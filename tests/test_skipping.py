@@ -63,6 +63,7 @@ def test_a_value_that_is_not_finite_reaches_nothing_that_outlives_the_iteration(
     assert_as_if_never_tried(tmp_path, {"critic_rows": frozenset({POISONED})})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spoil", [to_nan, to_infinity])
 def test_all_ranks_skip_what_one_cannot_use(tmp_path: Path, spoil: Spoil) -> None:
@@ -119,6 +120,7 @@ def test_a_gradient_alone_accuses_no_prompt(tmp_path: Path, recwarn: pytest.Warn
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("devices", [1, 2])
 def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path: Path, devices: int) -> None:

@@ -216,6 +216,7 @@ def scarce(spare: int, settings: str) -> str:
     return done.stdout.partition("InputError: ")[2].strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as on Linux")
 @pytest.mark.parametrize(
     ("spare_mib", "settings", "message"),

@@ -105,6 +105,7 @@ class Watches(Callback):
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [False, True])
 def test_validation_between_iterations_samples_the_present_weights(greedy: bool):
     module, watches = make_chain_sppo(1e-2), Watches()
@@ -144,6 +145,7 @@ class Fails(HFEngine):
         yield from super().stream(batch, sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "words"),
     [

@@ -54,6 +54,7 @@ def fit(
     return module, trainer.callback_metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_an_engine_that_agrees_leaves_no_trace(prefetch: int):
     parity = Remembers(every_n_iterations=2, max_gap=1e-5)

@@ -49,6 +49,7 @@ def test_training_samples_from_the_updated_weights(engine: Engine, prefetch: int
     check_versions(engine, prefetch, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [HFEngine, PagedEngine])
 def test_every_rank_has_all_of_a_sharded_policy(tmp_path: Path, kind: type[Engine]):
     for watches in on_ranks(2, tmp_path, train_sharded, kind):

@@ -156,6 +156,7 @@ def test_a_connection_that_the_server_has_closed_meanwhile_is_opened_again(serve
     assert len(servers[0].asked) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_over_a_request_is_found_out(
     servers: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

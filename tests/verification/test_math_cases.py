@@ -18,7 +18,14 @@ def _close():
 
 @pytest.mark.parametrize(
     "name",
-    ["extraction", "numbers", "expressions", "structures", "units_text", "math500", "mixed", "probes", "hostile"],
+    [
+        "extraction",
+        "numbers",
+        "structures",
+        "units_text",
+        "hostile",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("expressions", "math500", "mixed", "probes")),
+    ],
 )
 def test_every_case_has_its_score(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where a response that ran would leave a file

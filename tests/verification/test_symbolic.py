@@ -104,7 +104,7 @@ print(asked, handed)
 """
 
 
-@pytest.mark.parametrize("cases", ["expressions", "structures"])
+@pytest.mark.parametrize("cases", [pytest.param("expressions", marks=pytest.mark.slow), "structures"])
 def test_no_text_reaches_sympify_or_eval(cases: str, request: pytest.FixtureRequest):
     path = request.path.parent / "cases" / f"{cases}.jsonl"
     run = subprocess.run(
