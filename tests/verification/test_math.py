@@ -137,8 +137,9 @@ def test_works_from_another_thread():
 
 
 SCRIPT = r"""
-import sys, time
+import signal, sys, time
 import multiprocessing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests may have ignored
 print("ran", flush=True)
 from sppo_lightning.verification.math import _pool, verify_math
 assert "torch" not in sys.modules and "sympy" not in sys.modules
