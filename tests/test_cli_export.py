@@ -146,6 +146,23 @@ def test_adapters_alone_and_merged():
         assert f'base = {auto.__name__}.from_pretrained("{base}"' in card
 
 
+def test_adapters_beside_weights_in_4_bits():
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes misreads others on CPUs
+    Qwen2ForCausalLM(Qwen2Config(**TINY | sizes, vocab_size=7, eos_token_id=1, pad_token_id=0)).save_pretrained("base")
+    word_tokenizer(["a", "b", "c", "d"]).save_pretrained("base")
+    lora = {"rank": 2, "load_in_4bit": True}
+    fit({"model.init_args.policy.init_args": {"pretrained": "base", "lora": lora}}, WHOLE)
+    main(["export", "--ckpt=kept/last.ckpt", "--to=out"])
+    expected, found = contents("ended"), contents("out")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if expected[name] != found[name]] == []
+    merged, base = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("out", "base"))
+    moved = [name for name in base if not torch.equal(merged[name], base[name])]
+    assert moved
+    assert all("_proj" in name for name in moved)
+
+
 def test_a_base_model_that_has_moved_or_changed(refused: Callable[..., str]):
     write_files({})
     Qwen2ForCausalLM(Qwen2Config(**TINY, vocab_size=7, eos_token_id=1, pad_token_id=0)).save_pretrained("base")
