@@ -21,15 +21,17 @@ def export(module: Any, path: Path, adapters: Adapters = "both", *, writes: bool
     config too. Models without adapters are written whole, whatever `adapters` says. A collective where they are
     sharded, of which the ranks with `writes` write.
     """
-    critic = getattr(module, "critic", None)
-    _save(module.policy, path, adapters, writes)
-    if critic is not None:
-        _save(critic, path / "critic", adapters, writes)
+    models = [(module.policy, path, policy_card), (getattr(module, "critic", None), path / "critic", critic_card)]
+    for owner, folder, card in models:
+        if owner is None:
+            continue
+        _save(owner, folder, adapters, writes)
+        if writes:
+            card(module, owner.lora is not None and adapters == "alone").save(folder / "README.md")
+        if writes and owner.lora is not None and adapters == "both":
+            card(module, True).save(folder / "adapter" / "README.md")
     if writes:
         generation_config(module).save_pretrained(path)
-        policy_card(module, _alone(module.policy, adapters)).save(path / "README.md")
-        if critic is not None:
-            critic_card(module, _alone(critic, adapters)).save(path / "critic" / "README.md")
 
 
 def generation_config(module: Any) -> GenerationConfig:
@@ -45,10 +47,6 @@ def generation_config(module: Any) -> GenerationConfig:
         do_sample=bool(names),
         **{name: sampling[name] for name in names},
     )
-
-
-def _alone(owner: Any, adapters: Adapters) -> bool:
-    return owner.lora is not None and adapters == "alone"
 
 
 def _save(owner: Any, path: Path, adapters: Adapters, writes: bool) -> None:

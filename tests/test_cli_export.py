@@ -86,6 +86,8 @@ def test_an_export_is_what_the_end_of_the_run_leaves(changes: dict[str, Any]):
         *found
     }
     assert "adapter/adapter_model.safetensors" in found or not changes
+    for name in ("adapter/README.md", "critic/adapter/README.md") if changes else ():
+        assert b"library_name: peft" in found[name]
     assert [name for name in expected if expected[name] != found[name]] == []
 
 
