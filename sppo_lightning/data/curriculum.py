@@ -60,7 +60,7 @@ class Curriculum(ABC):
         return epoch * _MANY_BATCHES + batch
 
     def observe(self, positions: np.ndarray, rewards: np.ndarray) -> None:
-        """Learn from an iteration of all ranks: `[N]` positions of prompts, and the rewards R of their responses."""
+        """Learn from an iteration of all ranks: `[N]` positions of prompts, and R of the responses to them."""
         self.last_seen[positions] = self.iteration
         self.iteration += 1
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sppo_lightning.batch import Prompt
 from sppo_lightning.data.curriculum import WeightedCurriculum, check_positive, check_share
-from sppo_lightning.errors import InputError, nearest
+from sppo_lightning.errors import InputError, nearest, shortened
 
 
 class StagedCurriculum(WeightedCurriculum):
@@ -112,9 +112,10 @@ class StagedCurriculum(WeightedCurriculum):
         except (TypeError, ValueError):
             number = float("nan")
         if not np.isfinite(number):
-            found = "is missing" if value is None else f"is {value!r}"
+            near = "" if self.column in prompt.metadata else nearest(self.column, prompt.metadata)
+            found = "is missing" if value is None else f"is {shortened(value)}"
             raise InputError(
                 f"`StagedCurriculum.column`={self.column} {found} in row {prompt.row} of {prompt.dataset}, where a "
-                f"number must be{nearest(self.column, prompt.metadata)}; name a column of numbers."
+                f"number must be{near}; name a column of numbers."
             )
         return number
