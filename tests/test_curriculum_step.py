@@ -175,7 +175,9 @@ class Fated(Verifier):
         ]
 
 
-def fated(curriculum: Curriculum, folder: Path, iterations: int, size: int = 8) -> tuple[Notes, Any, PromptDataModule]:
+def fated(
+    curriculum: Curriculum, folder: Path, iterations: int, size: int = 8
+) -> tuple[Notes, Any, PromptDataModule]:
     module, notes = make_chain_sppo(3e-3, mini_batch_size=size), Notes(folder)
     data = PromptDataModule(ChainTask({"1-3": 1.0}, size=24), batch_size=size, seed=3, curriculum=curriculum)
     stages = [RolloutGeneration(Sampling(max_new_tokens=8)), Fated(), notes]
@@ -184,11 +186,11 @@ def fated(curriculum: Curriculum, folder: Path, iterations: int, size: int = 8) 
 
 
 def test_prompts_that_teach_nothing_are_left_by_their_record(tmp_path: Path) -> None:
-    notes, _, data = fated(PassRateCurriculum(prior_strength=0.5, floor=0.05), tmp_path, 32, size=4)
+    notes, _, data = fated(PassRateCurriculum(sharpness=2.0, prior_strength=0.5), tmp_path, 32, size=4)
     times = Counter(row for rows in drawn(tmp_path)[16:] for row, _ in rows)
     dead, alive = (sum(times[row] for row in rows) for rows in (range(16), range(16, 24)))
     assert dead + alive == 64
-    assert alive > 42  # of 21 where all come alike
+    assert alive > 36  # of 21 where all come alike
     rates = data.curriculum.pass_rates()  # type: ignore[attr-defined]
     assert rates[:8].min() > 0.8
     assert rates[8:16].max() < 0.2
