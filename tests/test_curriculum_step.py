@@ -120,6 +120,40 @@ def test_a_resumed_run_that_samples_ahead_does_too(tmp_path: Path, name: str) ->
     cut_and_resumed(tmp_path, CURRICULA[name], prefetch=1)
 
 
+class SavesWithin(Callback):
+    """Saves in the third iteration, whose responses are there, and not learned from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == 2:
+            trainer.save_checkpoint(self.folder / "within.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prefetch", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_checkpoint_from_within_an_iteration_draws_it_again(tmp_path: Path, prefetch: int) -> None:
+    make, (whole, after) = CURRICULA["pass rate"], (tmp_path / "whole", tmp_path / "after")
+    for folder in (whole, after):
+        folder.mkdir()
+    first, _ = run(1, 0, None, 10, Notes(whole), SavesWithin(tmp_path), curriculum=make(), prefetch=prefetch)
+    checkpoint = str(tmp_path / "within.ckpt")
+    again, _ = run(1, 0, None, 10, Notes(after), curriculum=make(), prefetch=prefetch, ckpt_path=checkpoint)
+    assert drawn(after) == drawn(whole)[2:]
+    assert [name for name, value in first.items() if not torch.equal(value, again[name])] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_number_of_ranks_goes_on_with_the_same_draws(tmp_path: Path) -> None:
+    make = CURRICULA["solvability"]
+    run(1, 0, None, 10, Notes(tmp_path), curriculum=make())
+    whole = drawn(tmp_path)
+    run(1, 0, tmp_path, 4, curriculum=make())
+    run(2, 0, None, 10, Notes(tmp_path), curriculum=make(), ckpt_path=str(tmp_path / "1.ckpt"))
+    assert drawn(tmp_path, 2) == whole[2:]
+
+
 class SaysWhen(PassRateCurriculum):
     """Keeps how many iterations it had learned from at each draw."""
 
