@@ -149,7 +149,7 @@ class WeightedCurriculum(Curriculum):
         return rng.choice(len(self.prompts), count, replace=False, p=self.probabilities()).tolist()
 
 
-class SolvableCurriculum(WeightedCurriculum):
+class FlooredCurriculum(WeightedCurriculum):
     """Draws by an estimate of each prompt's pass rate, with a share that all prompts have alike.
 
     Args:

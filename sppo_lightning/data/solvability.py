@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sppo_lightning.batch import Prompt
-from sppo_lightning.data.curriculum import SolvableCurriculum, check_positive, check_share
+from sppo_lightning.data.curriculum import FlooredCurriculum, check_positive, check_share
 from sppo_lightning.errors import InputError
 
 
-class SolvabilityCurriculum(SolvableCurriculum):
+class SolvabilityCurriculum(FlooredCurriculum):
     """Draws prompts by `V(1 − V)` of the critic, which reads them all again every few iterations.
 
     `V(1 − V)` is the variance of a reward of 0 or 1 that is 1 with the chance V, so it is what `A²` of SPPO's
@@ -26,7 +26,7 @@ class SolvabilityCurriculum(SolvableCurriculum):
         floor: The share of the draws that is spread evenly over all prompts, which keeps the critic informed.
     """
 
-    remembered = (*SolvableCurriculum.remembered, "values", "scored_at")
+    remembered = (*FlooredCurriculum.remembered, "values", "scored_at")
 
     def __init__(self, rescore_every_n_iterations: int = 20, floor: float = 0.1) -> None:
         super().__init__(floor)
@@ -55,7 +55,9 @@ class SolvabilityCurriculum(SolvableCurriculum):
 
     def rescore(self, values: np.ndarray) -> None:
         """See `Curriculum`."""
-        self.values, self.scored_at = values.clip(0.0, 1.0).astype(np.float64), self.iteration
+        # a critic that has come to no number says nothing, and must not end the run here
+        self.values = np.nan_to_num(values.astype(np.float64), nan=0.5).clip(0.0, 1.0)
+        self.scored_at = self.iteration
 
     def pass_rates(self) -> np.ndarray:
         """`[P]`, V."""
@@ -71,7 +73,7 @@ class SolvabilityCurriculum(SolvableCurriculum):
         return super().describe(positions) | age
 
 
-class PassRateCurriculum(SolvableCurriculum):
+class PassRateCurriculum(FlooredCurriculum):
     """Draws prompts by what their own record says of their pass rate p: most often those near a target.
 
     The posterior of p is `Beta(a, b)` with `a = k/2 + s` and `b = k/2 + n − s`: `k` is `prior_strength`, `s` of `n`
@@ -88,7 +90,7 @@ class PassRateCurriculum(SolvableCurriculum):
         floor: The share of the draws that is spread evenly over all prompts.
     """
 
-    remembered = (*SolvableCurriculum.remembered, "successes", "responses")
+    remembered = (*FlooredCurriculum.remembered, "successes", "responses")
 
     def __init__(
         self,

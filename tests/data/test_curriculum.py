@@ -17,7 +17,7 @@ from sppo_lightning.data import (
     StagedCurriculum,
     UniformSampling,
 )
-from sppo_lightning.data.curriculum import SolvableCurriculum
+from sppo_lightning.data.curriculum import FlooredCurriculum
 from sppo_lightning.data.formatting import PromptFormat
 from sppo_lightning.data.loader import PromptLoader
 from sppo_lightning.errors import InputError
@@ -25,7 +25,7 @@ from sppo_lightning.errors import InputError
 DRAWS = 20_000
 
 
-class Given(SolvableCurriculum):
+class Given(FlooredCurriculum):
     """Prompts of given pass rates and worth."""
 
     def __init__(self, worth: list[float], floor: float = 0.1, rates: list[float] | None = None) -> None:

@@ -68,6 +68,12 @@ def test_the_critic_is_asked_every_few_iterations_and_before_that_all_prompts_ar
     assert curriculum.describe(np.array([0, 2]))["expected_pass_rate"] == 0.25
 
 
+def test_a_critic_without_a_number_says_nothing():
+    curriculum = bound(SolvabilityCurriculum(floor=0.2), 2)
+    curriculum.rescore(np.array([np.nan, 1.0], dtype=np.float32))
+    assert curriculum.probabilities() == pytest.approx([0.1 + 0.8, 0.1])
+
+
 def test_dead_prompts_come_at_the_floors_rate_alone():
     curriculum = bound(SolvabilityCurriculum(floor=0.1), 100)
     values = np.full(100, 0.5)
