@@ -105,10 +105,10 @@ class RolloutGeneration(Stage):
         sampling = self.sampling if training else self.validation
         with trainer.precision_plugin.forward_context(), module.foreseeing(batch):  # type: ignore[operator]
             sampled = self._ahead.take(batch) if self._ahead and training else None
-            if self._ahead and training and batch.upcoming is not None:
+            if self._ahead and training and (upcoming := batch.upcoming) is not None:
                 assert self._elsewhere is not None
                 sample = self._sampler(self._elsewhere, trainer, module)
-                self._ahead.start(batch.upcoming, sample, TorchSettings.here(module.device))
+                self._ahead.start(upcoming, sample, TorchSettings.here(module.device))
             if sampled is None:
                 if self._ahead is not None and self._elsewhere is self.engine:
                     self._ahead.wait()  # before it is given other weights

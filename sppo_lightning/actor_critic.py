@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sppo_lightning.base import PolicyModule
 from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.curriculum_step import teach_curriculum
 from sppo_lightning.experience import Experience, Replayed
 from sppo_lightning.models import CausalLMPolicy, Critic
 from sppo_lightning.models.sharding import is_sharded
@@ -186,6 +187,12 @@ class ActorCritic(PolicyModule):
         outputs = self.critic.prompt_outputs(rows.prompts, rows.token_ids)
         shares, targets = (rows.weights / counts["replayed"]).to(outputs), rows.targets.to(outputs)
         return F.binary_cross_entropy_with_logits(outputs, targets, shares, reduction="sum")
+
+    def remember_outcomes(self, experience: Experience) -> dict[str, float]:
+        """Keep what the critic may see again, and teach the data's curriculum; what to log of the latter."""
+        if self.critic_replay is not None:
+            self.critic_replay.store(experience)
+        return teach_curriculum(self, experience)
 
     def prompt_values(self, batch: PromptBatch) -> Tensor | None:
         """The critic's chance of success for each prompt, `[B]`, without gradient; None without a critic."""

@@ -7,7 +7,7 @@ Every tensor's shape is said here and nowhere else. `B` prompts, `N` responses (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -204,14 +204,19 @@ class PromptBatch:
     def __init__(self, prompts: list[Prompt], token_ids: list[list[int]], visits: list[int]) -> None:
         self.prompts = prompts  # B; may be empty on a rank whose share of the last batch is empty
         self.token_ids = token_ids  # B unpadded prompts in the policy's tokenizer
-        self.visits = visits  # B, how often each was drawn before, below 0 for a spare; keys the sampling noise
+        self.visits = visits  # B, tells a prompt's draws apart, below 0 for a spare; keys the sampling noise
         self.rollouts: Rollouts | None = None  # set by RolloutGeneration
         self.value_logits: Tensor | None = None  # [B], `v` of a critic that reads prompts, where asked ahead
         self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
-        self.upcoming: PromptBatch | None = None  # the batch that follows, where a loader knows it
+        self.draw_upcoming: Callable[[], PromptBatch] | None = None  # draws what follows, where a loader can
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def upcoming(self) -> PromptBatch | None:
+        """The batch that follows, which is drawn when it is asked for; None where a loader does not know it."""
+        return None if self.draw_upcoming is None else self.draw_upcoming()
 
     @property
     def keys(self) -> list[tuple[str, int, int]]:

@@ -287,10 +287,8 @@ class SPPOModule(ActorCritic):
             check_mini_batch_size(data.batch_size * samples[0], self.mini_batch_size, self.trainer.world_size)
 
     def remember(self, outcomes: Outcomes, experience: Experience) -> dict[str, float]:
-        """What outlives the iteration: the advantage's record and the critic's store; what to log of the former."""
-        if self.critic_replay is not None:
-            self.critic_replay.store(experience)
-        return self.advantage.learn(outcomes)
+        """What outlives the iteration: records, the critic's store, the curriculum; what to log of it."""
+        return self.advantage.learn(outcomes) | self.remember_outcomes(experience)
 
 
 def total(policy_loss: Tensor, kl_coef: float, kl_loss: Tensor | None, *critic_losses: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sppo_lightning.advantages import GAE, GroupAdvantage, LeaveOneOutAdvantage
 from sppo_lightning.batch import Prompt
 from sppo_lightning.callbacks import RolloutGeneration, Verifier
-from sppo_lightning.data import ChainTask, PromptDataModule
+from sppo_lightning.data import ChainTask, Curriculum, PromptDataModule
 from sppo_lightning.engines import Sampling
 from sppo_lightning.models.sharding import whole
 from sppo_lightning.models.tiny import word_tokenizer
@@ -58,6 +58,7 @@ def run(
     batch_size: int = 8,
     prefetch: int = 0,
     ckpt_path: str | None = None,
+    curriculum: Curriculum | None = None,
     trainer_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -72,7 +73,8 @@ def run(
         validation={"few": ChainTask({"1-3": 1.0}, size=3, split="validation")},
         batch_size=batch_size,
         validation_batch_size=2,
-        shuffle=False,
+        curriculum=curriculum,
+        shuffle=curriculum is not None,
     )
     saved = [] if folder is None else [ModelCheckpoint(folder, f"{devices}", every_n_train_steps=max_steps)]
     trainer = make_trainer(

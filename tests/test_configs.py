@@ -25,7 +25,7 @@ from sppo_lightning.objectives import TokenClipObjective
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
-CONFIGS = [path for path in ALL if "data" in yaml.safe_load(path.read_text())]  # overlays have tests of their own
+CONFIGS = [path for path in ALL if {"model", "data"} <= {*yaml.safe_load(path.read_text())}]  # others are overlays
 DATA = ROOT.parent / "shared" / "data"  # beside the repository, where there is one
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"

@@ -26,6 +26,7 @@ from sppo_lightning.callbacks import (
 )
 from sppo_lightning.cli import command_line, main
 from sppo_lightning.collapse import CollapseLimits
+from sppo_lightning.data import PassRateCurriculum, SolvabilityCurriculum, StagedCurriculum
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,27 @@ def test_the_pages_collapse_monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (windows["reward/mean"], windows["critic/brier_skill"], windows["policy/entropy"]) == (5, 50, 10)
     rows = re.findall(r"`(\w+)`[^|]* \| ([0-9.]+) \|$", (ROOT / page).read_text(), flags=re.MULTILINE)
     assert {name: float(value) for name, value in rows} == vars(CollapseLimits())
+
+
+def test_the_pages_curricula(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
+    monkeypatch.chdir(tmp_path)
+    write_files({"data.init_args.shuffle": True})
+    page = (ROOT / "docs/curricula.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert yaml.safe_load(blocks[0]) == yaml.safe_load((ROOT / "configs/curriculum.yaml").read_text())
+    for kind, block in zip((SolvabilityCurriculum, PassRateCurriculum, StagedCurriculum), blocks, strict=True):
+        (tmp_path / "overlay.yaml").write_text(block)
+        found = command_line(["-c", "config.yaml", "-c", "overlay.yaml"], run=False).datamodule.curriculum
+        assert type(found) is kind
+        settings = yaml.safe_load(block)["data"]["init_args"]["curriculum"]["init_args"]
+        assert {name: getattr(found, name) for name in settings} == settings
+        assert {name: value for name, value in vars(kind()).items() if name != "column"}.items() <= vars(
+            found
+        ).items()
+    cli = command_line(["fit", "-c", "config.yaml", "-c", str(ROOT / "configs/curriculum.yaml")])
+    assert {f"curriculum/{name}" for name in ("coverage", "expected_pass_rate")} <= {*cli.trainer.callback_metrics}
+    assert cli.trainer.callback_metrics["curriculum/coverage"] == 1.0
 
 
 def test_the_pages_hidden_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sppo_lightning.callbacks import HFExport, MemoryPlan, ReferenceRefresh, SamplerParity
+from sppo_lightning.data import SolvabilityCurriculum
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import LoRA
 
@@ -43,6 +44,11 @@ def sharded(silent: int = 0, *callbacks: Callback, **settings: Any) -> Any:
     return weights, metrics, held.numbers
 
 
+def curriculum() -> dict[str, Any]:
+    """A critic that is asked about all prompts after each iteration."""
+    return {"curriculum": SolvabilityCurriculum(rescore_every_n_iterations=1)}
+
+
 def lora() -> dict[str, Any]:
     return {"lora": LoRA(rank=2), "kl_coef": 0.1}
 
@@ -62,7 +68,7 @@ def test_sppo_on_two_processes_does_what_it_does_on_one(tmp_path: Path, silent: 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", [grpo, ppo, article, lora])
+@pytest.mark.parametrize("family", [grpo, ppo, article, lora, curriculum])
 def test_every_family_does_on_two_processes_what_it_does_on_one(
     tmp_path: Path, family: Callable[[], dict[str, Any]]
 ) -> None:

@@ -1,7 +1,7 @@
 """Real components at the smallest size: models of one layer, a pipeline whose responses and scores are given."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -246,7 +246,7 @@ class KnowsWhatFollows:
 
     def __iter__(self) -> Iterator[PromptBatch]:
         for batch, upcoming in zip(self.batches, [*self.batches[1:], None], strict=True):
-            batch.upcoming = upcoming
+            batch.draw_upcoming = None if upcoming is None else partial(lambda following: following, upcoming)
             yield batch
 
 

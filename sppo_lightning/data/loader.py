@@ -1,13 +1,15 @@
-"""The loader of prompt batches: sharded by rank, shuffled by epoch, resumable after any batch."""
+"""The loader of prompt batches: drawn by a curriculum, sharded by rank, resumable after any batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.data.curriculum import Curriculum, UniformSampling
 from sppo_lightning.data.formatting import PromptFormat
 from sppo_lightning.errors import InputError
 
@@ -22,6 +24,9 @@ class PromptLoader:
     of which no batch was drawn changes nothing; one that follows a started epoch begins the next epoch,
     unless a state was loaded: then it goes on behind the last batch that was yielded.
 
+    A batch is drawn when it is asked for, so that a curriculum knows the outcomes of the one before; or earlier,
+    when that one is asked for its `upcoming`, and then a state holds what was drawn.
+
     Args:
         prompts: The prompts of the whole data set.
         prompt_format: Tokenizes them, batch by batch: text is smaller than ids, and the engine wants both.
@@ -29,8 +34,9 @@ class PromptLoader:
         rank: This rank among those that share the data.
         world_size: How many ranks share the data.
         train: Drop an incomplete last batch, and count visits; otherwise every prompt comes, visit 0.
+        curriculum: Draws the prompts of each batch; `UniformSampling` if left out.
         shuffle: Draw the prompts of each epoch in an order of its own.
-        seed: With the epoch, all that the order depends on.
+        seed: Of all draws.
         epoch_batches: Batches after which Lightning ends the epoch, where `limit_train_batches` is set.
 
     Raises:
@@ -46,6 +52,7 @@ class PromptLoader:
         rank: int = 0,
         world_size: int = 1,
         train: bool = False,
+        curriculum: Curriculum | None = None,
         shuffle: bool = False,
         seed: int = 0,
         epoch_batches: int | None = None,
@@ -56,7 +63,8 @@ class PromptLoader:
         self.prompt_format = prompt_format
         self.batch_size = batch_size
         self.train = train
-        self.shuffle = shuffle
+        self.curriculum = curriculum or UniformSampling()
+        self.curriculum.bind(prompts, batch_size, seed, shuffle)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -65,7 +73,7 @@ class PromptLoader:
         self._batches = 0  # yielded in this epoch
         self._spare_draws = 0  # calls of `spare` in all epochs
         self._resumed = False
-        self._ordered: tuple[int, list[int]] = -1, []  # an epoch and its order
+        self._ahead: tuple[tuple[int, int], list[int], PromptBatch] | None = None  # drawn for an epoch's batch
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -76,30 +84,27 @@ class PromptLoader:
         if self._batches >= self._epoch_batches or (self._batches > 0 and not self._resumed):
             self._epoch, self._batches = self._epoch + 1, 0
         self._resumed = False
-        batch = self._batch_at(self._batches)
         while self._batches < self._epoch_batches:
+            batch = self._drawn(self._next)
             self._batches += 1
-            upcoming = self._batch_at(self._batches)
-            batch.upcoming = upcoming if self.train else None
+            self._ahead = None
+            batch.draw_upcoming = partial(self._drawn, self._next) if self.train else None
             yield batch
-            batch = upcoming
 
-    def _batch_at(self, number: int) -> PromptBatch:
-        """Give this rank's share of the epoch's `number`-th batch; behind its last, of the next epoch's first."""
-        epoch = self._epoch
-        if number >= self._epoch_batches:
-            epoch, number = epoch + 1, 0
-        if self._ordered[0] != epoch:
-            self._ordered = epoch, self.order(epoch)
-        batch = self._ordered[1][number * self.batch_size : (number + 1) * self.batch_size]
-        mine = batch[self.rank :: self.world_size]
-        return self._batch(mine, visits=[epoch if self.train else 0] * len(mine))
+    @property
+    def _next(self) -> tuple[int, int]:
+        """Epoch and number of the batch that comes next: behind an epoch's last, the next one's first."""
+        finished = self._batches >= self._epoch_batches
+        return (self._epoch + 1, 0) if finished else (self._epoch, self._batches)
 
-    def order(self, epoch: int) -> list[int]:
-        """The prompts' indices in the order of an epoch, a function of the seed and the epoch alone."""
-        if not self.shuffle:
-            return list(range(len(self.prompts)))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts)).tolist()
+    def _drawn(self, place: tuple[int, int], indices: list[int] | None = None) -> PromptBatch:
+        """Give this rank's share of the batch at `place`: of `indices`, or of what is drawn, once."""
+        if self._ahead is None or self._ahead[0] != place:
+            indices = self.curriculum.draw(self.batch_size, *place) if indices is None else indices
+            mine = indices[self.rank :: self.world_size]
+            visit = self.curriculum.visit(*place) if self.train else 0
+            self._ahead = place, indices, self._batch(mine, [visit] * len(mine))
+        return self._ahead[2]
 
     def spare(self, count: int) -> PromptBatch:
         """`count` more training prompts for this rank, drawn at random, without effect on the epoch's order.
@@ -118,8 +123,11 @@ class PromptLoader:
 
     def longest(self, count: int) -> PromptBatch:
         """The `count` longest prompts of the data set, in characters, or all where it has fewer; on every rank."""
-        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i].text))[:count]
-        return self._batch(order, visits=[0] * len(order))
+        return self.at(sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i].text))[:count])
+
+    def at(self, positions: Sequence[int]) -> PromptBatch:
+        """The prompts at `positions`, without effect on what is drawn."""
+        return self._batch(positions, visits=[0] * len(positions))
 
     def _batch(self, indices: Sequence[int], visits: list[int]) -> PromptBatch:
         prompts = [self.prompts[i] for i in indices]
@@ -129,10 +137,20 @@ class PromptLoader:
         return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch (the next one if this is finished), the batches yielded in it, draws of spares, the data."""
-        finished = self._batches >= self._epoch_batches
-        epoch, batches = (self._epoch + 1, 0) if finished else (self._epoch, self._batches)
-        return {"epoch": epoch, "batches": batches, "spare_draws": self._spare_draws, **self._identity()}
+        """The epoch (the next one if this is finished), the batches yielded in it, draws of spares, the data.
+
+        And what was drawn ahead, where it cannot be drawn again because the curriculum learns.
+        """
+        epoch, batches = self._next
+        state: dict[str, Any] = {
+            "epoch": epoch,
+            "batches": batches,
+            "spare_draws": self._spare_draws,
+            **self._identity(),
+        }
+        if self.curriculum.adapts and self._ahead is not None and self._ahead[0] == self._next:
+            state["upcoming"] = [*self._ahead[1]]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last batch that was yielded when `state_dict` was taken.
@@ -149,7 +167,9 @@ class PromptLoader:
             )
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self._spare_draws = state_dict.get("spare_draws", 0)  # older checkpoints know of no spares
-        self._resumed = True
+        self._resumed, self._ahead = True, None
+        if "upcoming" in state_dict and before == self._identity():
+            self._drawn(self._next, state_dict["upcoming"])
 
 
 def _check_batch_size(batch_size: int, prompts: int, world_size: int) -> None:

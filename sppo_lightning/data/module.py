@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.batch import Prompt, PromptBatch
+from sppo_lightning.data.curriculum import Curriculum, UniformSampling
 from sppo_lightning.data.formatting import PromptFormat, Template
 from sppo_lightning.data.layouts import RowError, read_source
 from sppo_lightning.data.loader import PromptLoader
@@ -39,8 +40,10 @@ class PromptDataModule(LightningDataModule):
             the tokenizer has a chat template.
         system_prompt: The system turn of every prompt, instead of one that a row may have.
         suffix: Appended as it stands to the last user turn of every prompt whose source has no `suffix` of its own.
+        curriculum: Which training prompts come when; each once per epoch if left out.
         shuffle: Draw the training prompts of each epoch in a new order.
-        seed: Decides these orders; the run's seed (`seed_everything`) if left out, or 0 where there is none.
+        seed: Decides these orders, and what a curriculum draws; the run's seed (`seed_everything`) if left out, or
+            0 where there is none.
         on_bad_row: `error` refuses data with rows that cannot be used, `skip` leaves those rows out.
     """
 
@@ -56,6 +59,7 @@ class PromptDataModule(LightningDataModule):
         template: Template = "auto",
         system_prompt: str | None = None,
         suffix: str | None = None,
+        curriculum: Curriculum | None = None,
         shuffle: bool = True,
         seed: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -77,6 +81,7 @@ class PromptDataModule(LightningDataModule):
         self.template: Template = template
         self.system_prompt = system_prompt
         self.suffix = suffix
+        self.curriculum = curriculum or UniformSampling()
         self.shuffle = shuffle
         self.seed = seed
         self.on_bad_row = on_bad_row
@@ -127,6 +132,7 @@ class PromptDataModule(LightningDataModule):
     def _build_train_loader(self, prompt_format: PromptFormat) -> PromptLoader:
         if self.train is None:
             raise InputError("`data.train` is not set, so there is nothing to fit; give it a path or a source.")
+        self.curriculum.check_module(self._the_trainer.lightning_module)
         prompts = self._load("train", self.train, prompt_format)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         # `overfit_batches` means the same batches in every epoch
@@ -141,6 +147,7 @@ class PromptDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             train=True,
+            curriculum=self.curriculum,
             shuffle=shuffle,
             seed=seed,
             epoch_batches=limit if isinstance(limit, int) else int(batches * limit),
@@ -206,6 +213,10 @@ class PromptDataModule(LightningDataModule):
         """`count` more training prompts for this rank, beside the epoch's; see `PromptLoader.spare`."""
         return self.train_dataloader().spare(count)
 
+    def training_batch(self, positions: Sequence[int]) -> PromptBatch:
+        """The training prompts at `positions`, for something else than training."""
+        return self.train_dataloader().at(positions)
+
     def val_dataloader(self) -> list[PromptLoader]:
         """One loader for each validation set."""
         return self._loaders["validate"]
@@ -219,14 +230,18 @@ class PromptDataModule(LightningDataModule):
         return self._loaders["predict"]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the training prompts were drawn."""
+        """How far the training prompts were drawn, and what their curriculum has learned."""
         # Lightning saves a loader's state too, but after a whole epoch without `max_steps` does not load it
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+        if self._train_loader is None:
+            return {}
+        return {"train": self._train_loader.state_dict(), "curriculum": self.curriculum.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last training batch that was yielded."""
         if self._train_loader is not None and "train" in state_dict:
             self._train_loader.load_state_dict(state_dict["train"])
+            if "curriculum" in state_dict:  # older checkpoints know of none
+                self.curriculum.load_state_dict(state_dict["curriculum"])
 
     @property
     def _the_trainer(self) -> Trainer:
