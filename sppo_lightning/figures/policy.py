@@ -50,7 +50,7 @@ def confidence_figure(
         risk.xaxis.set_major_formatter(percent())
         for axes in row:
             tidy(axes)
-            legend_below(axes)
+            legend_below(axes, ncols=1)
     return figure
 
 
