@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from sppo_lightning.evaluation import ProblemTable
 from sppo_lightning.files import replace_file
 
 
-class HeldOutCalibration(Callback):
+class HeldOutCalibration(Callback, ABC):
     """Writes a figure and its numbers when a validation has ended, from what it has sampled anyway.
 
     A subclass says which problems it draws, what the files hold and what else it does with a validation.
@@ -48,16 +49,17 @@ class HeldOutCalibration(Callback):
         found: dict[str, ProblemTable] = module.evaluation.last_problems  # type: ignore[union-attr, assignment]
         return {**({"all": found["all"]} if "all" in found else {}), **found}
 
+    @abstractmethod
     def note(self, trainer: Trainer, problems: dict[str, ProblemTable]) -> None:
         """Take in a validation, whether it is drawn or not."""
 
+    @abstractmethod
     def report(self, problems: dict[str, ProblemTable]) -> dict[str, Any]:
         """What the JSON file says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figure(self, problems: dict[str, ProblemTable]) -> Figure | None:
         """The picture; None where there is nothing to see."""
-        raise NotImplementedError
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in the validation, and draw if it is time."""

@@ -20,7 +20,9 @@ from sppo_lightning.verification.extraction import find_answer
 if TYPE_CHECKING:
     from sppo_lightning.evaluation import ProblemTable
 
-_CHARACTER_TOKENS = 4  # the most that one character is cut into: the bytes of UTF-8
+# A character may be cut into 4 tokens, its bytes. What follows its middle begins with up to 3 signs for bytes
+# that are left, so that a search by length goes wrong by up to 3 characters.
+_ASTRAY = 12  # tokens
 
 Pair = tuple[Tensor, Tensor]  # confidences and outcomes, [n] each, float64
 
@@ -45,7 +47,7 @@ class PolicyConfidence:
         NaN for a response without an answer, or with one that is not found among its tokens.
         """
         found = []
-        probabilities = rollouts.sampled_log_probs.double().exp().clamp(max=1.0).cpu()
+        probabilities = rollouts.sampled_log_probs.cpu().double().exp().clamp(max=1.0)
         lengths = rollouts.response_mask.sum(1).long().tolist()
         ids = rollouts.response_ids.cpu()
         for row, (length, response) in enumerate(zip(lengths, rollouts.responses, strict=True)):
@@ -89,14 +91,16 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], response: 
     def rest(token: int) -> str:
         return tokenizer.decode(ids[token:], skip_special_tokens=True)  # type: ignore[return-value]
 
-    def begin(token: int) -> int:  # of the token's text; rests are decoded since answers stand near the end
+    def begin(token: int) -> int:  # of its text; rests are decoded, since answers stand near the end
         return len(response) - len(rest(token))
+
+    def confirmed(token: int) -> bool:  # not inside a character, nor where the text is another one
+        return response.endswith(rest(token))
 
     places = range(len(ids) + 1)
     first = bisect_right(places, answer.start, key=begin) - 1
     last = bisect_left(places, answer.end, key=begin)
-    earliest = max(first - _CHARACTER_TOKENS, -1)
-    for start in range(first, earliest, -1):  # inside a character nothing is confirmed
-        if response.endswith(rest(start)) and begin(start) <= answer.start:
-            return slice(start, last) if start < last and response.endswith(rest(last)) else None
-    return None
+    starts = (t for t in range(first, max(first - _ASTRAY, 0) - 1, -1) if begin(t) <= answer.start and confirmed(t))
+    ends = (t for t in range(max(last - _ASTRAY, 0), last + 1) if begin(t) >= answer.end and confirmed(t))
+    start, end = next(starts, None), next(ends, None)
+    return None if start is None or end is None else slice(start, end)

@@ -1,6 +1,7 @@
 """The tokens that say an answer, found by tokenizers of every kind, and the policy's confidence in them."""
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -82,6 +83,22 @@ def test_merged_bytes() -> None:
     assert "42" in "".join(texts[found])
     assert "42" not in "".join(texts[found][1:])
     assert "42" not in "".join(texts[found][:-1])
+
+
+@pytest.mark.parametrize("size", [258, 300, 330])
+def test_any_text_of_merged_bytes(size: int) -> None:
+    """The tokens say the answer, and fewer of them do not."""
+    tokenizer, chance = byte_level(size), random.Random(size)
+    for _ in range(100):
+        before, answer, behind = ("".join(chance.choices("4 2aI√é🙂漢.", k=chance.randint(1, 8))) for _ in range(3))
+        answer = f"{answer}=7"  # which stands nowhere else
+        ids = tokenizer(rf"{before} \boxed{{{answer}}}{behind}")["input_ids"]
+        found = answer_tokens(tokenizer, ids, tokenizer.decode(ids))
+        assert found is not None
+        said = ids[found]
+        assert answer.strip() in tokenizer.decode(said)
+        assert answer.strip() not in tokenizer.decode(said[1:])
+        assert answer.strip() not in tokenizer.decode(said[:-1])
 
 
 def test_pieces_with_their_spaces() -> None:
