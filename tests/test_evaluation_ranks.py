@@ -35,6 +35,7 @@ def rollouts_of(table: list, rows: list[int]) -> Rollouts:
     responses = [rf"\boxed{{ {answer} }}" if answer else "no idea" for answer, _ in told]
     tokens = POLICY.tokenizer(responses, padding=True, return_tensors="pt")
     mask = tokens["attention_mask"].float()
+    nats = torch.tensor([[1.0 + row, 2.0 + i, 1.0] for row in rows for i in range(2)])
     n = len(prompts)
     made = Rollouts(
         prompts=prompts,
@@ -43,8 +44,7 @@ def rollouts_of(table: list, rows: list[int]) -> Rollouts:
         prompt_mask=torch.ones(n, 1),
         response_ids=tokens["input_ids"],
         response_mask=mask,
-        sampled_log_probs=-mask
-        * torch.tensor([[1.0 + row, 2.0 + i] for row in rows for i in range(2)]).repeat(1, 2)[:, : mask.shape[1]],
+        sampled_log_probs=-mask * nats[:, : mask.shape[1]],
         responses=responses,
         finish_reasons=["stop"] * n,
         temperature=1.0,
