@@ -15,6 +15,7 @@ from sppo_lightning.callbacks.initial_validation import InitialValidation
 from sppo_lightning.callbacks.length_penalty import LengthPenalty
 from sppo_lightning.callbacks.math_verifier import MathVerifier
 from sppo_lightning.callbacks.memory_plan import MemoryPlan
+from sppo_lightning.callbacks.policy_calibration import PolicyCalibration
 from sppo_lightning.callbacks.progress import RichProgress
 from sppo_lightning.callbacks.reference_refresh import ReferenceRefresh
 from sppo_lightning.callbacks.reward_model_verifier import RewardModelVerifier
@@ -41,6 +42,7 @@ __all__ = [
     "LengthPenalty",
     "MathVerifier",
     "MemoryPlan",
+    "PolicyCalibration",
     "ReferenceRefresh",
     "RewardModelVerifier",
     "RichProgress",

@@ -1,7 +1,8 @@
 """How well predicted chances of success agree with what happened: errors, correlations, reliability bins.
 
-Every function takes the critic's V and the outcomes, both `[N]` and in [0, 1]. An outcome is the reward of one
-response or the pass rate of one problem: nothing here needs it to be 0 or 1, unless it says so.
+Every function takes predictions, which are the critic's V or the policy's confidence, and the outcomes,
+both `[N]` and in [0, 1]. An outcome is the reward of one response or of the majority's, or the pass rate of one
+problem: nothing here needs it to be 0 or 1, unless it says so.
 """
 
 from __future__ import annotations
@@ -34,33 +35,79 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Bin:
-    """The predictions in `[low, high)`, 1.0 being in the last bin, and what became of them."""
+    """Predictions that are near each other, and what became of them."""
 
-    low: float
-    high: float
+    low: float  # of equal width: the bin is `[low, high)`, 1.0 being in the last one
+    high: float  # of equal mass: the smallest and the largest prediction in it
     count: int
     value_mean: float
     outcome_mean: float
     standard_error: float  # of `outcome_mean`, from the unbiased variance; NaN for a single outcome
 
 
-def reliability_bins(values: Tensor, outcomes: Tensor, bins: int = 10) -> list[Bin]:
-    """The bins of equal width on [0, 1] that hold at least one of `values` `[N]`, with their `outcomes` `[N]`."""
+def reliability_bins(values: Tensor, outcomes: Tensor, bins: int = 10, equal_mass: bool = False) -> list[Bin]:
+    """The bins that hold at least one of `values` `[N]`, with their `outcomes` `[N]`.
+
+    Bins have equal width on [0, 1] or, with `equal_mass`, hold as nearly equally many predictions as can be where
+    equal ones stay together.
+    """
     values, outcomes = values.double(), outcomes.double()
-    place = (values * bins).long().clamp(0, bins - 1)  # a critic without a sigmoid may leave [0, 1]
+    share = (average_ranks(values) - 0.5) / len(values) if equal_mass else values
+    place = (share * bins).long().clamp(0, bins - 1)  # a critic without a sigmoid may leave [0, 1]
     found = []
     for index in place.unique().tolist():
-        inside = outcomes[place == index]
+        predicted, inside = values[place == index], outcomes[place == index]
         error = float(inside.std()) / math.sqrt(len(inside)) if len(inside) > 1 else math.nan
-        means = float(values[place == index].mean()), float(inside.mean())
-        found.append(Bin(index / bins, (index + 1) / bins, len(inside), *means, error))
+        low, high = index / bins, (index + 1) / bins
+        if equal_mass:
+            low, high = float(predicted.min()), float(predicted.max())
+        found.append(Bin(low, high, len(inside), float(predicted.mean()), float(inside.mean()), error))
     return found
 
 
-def calibration_error(values: Tensor, outcomes: Tensor, bins: int = 10) -> float:
-    """Expected calibration error: mean over the predictions of `|mean V − mean outcome|` of their bin."""
-    gaps = [b.count * abs(b.value_mean - b.outcome_mean) for b in reliability_bins(values, outcomes, bins)]
-    return sum(gaps) / len(values)
+def calibration_error(values: Tensor, outcomes: Tensor, bins: int = 10, equal_mass: bool = False) -> float:
+    """Expected calibration error: mean over the predictions of `|mean prediction − mean outcome|` of their bin."""
+    found = reliability_bins(values, outcomes, bins, equal_mass)
+    return sum(b.count * abs(b.value_mean - b.outcome_mean) for b in found) / len(values)
+
+
+def success_auroc(values: Tensor, outcomes: Tensor) -> Tensor | None:
+    """AUROC of `values` `[N]`, outcomes of 0.5 or more being successes; None where all outcomes agree."""
+    successes = (outcomes >= 0.5).long()
+    return binary_auroc(values, successes) if 0 < int(successes.sum()) < len(successes) else None
+
+
+def selective_risks(values: Tensor, outcomes: Tensor) -> Tensor:
+    """`[N]`: risk, which is 1 − mean outcome, of the 1, 2, … `N` predictions that are the largest.
+
+    Of predictions that are equal, those that count first are drawn at random: the risk is its expectation. The
+    mean over all coverages is the area under the risk-coverage curve (AURC), 0 where nothing fails. Source:
+    Geifman et al. 2019, arXiv 1805.08206.
+    """
+    values, outcomes = values.double(), outcomes.double()
+    levels, place, counts = values.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros_like(levels).index_add_(0, place, outcomes) / counts
+    failures = 1.0 - means[place[values.argsort(descending=True)]]
+    return failures.cumsum(0) / torch.arange(1, len(values) + 1, device=values.device)
+
+
+def confidence_metrics(values: Tensor, outcomes: Tensor, bins: int = 10) -> dict[str, float]:
+    """How well the policy's confidences `values` `[N]` in its own answers agree with `outcomes` `[N]`.
+
+    `aurc_excess` is the AURC above that of confidences in the order of the outcomes; the rest of the AURC is due to
+    the accuracy alone. `auroc` is left out where all outcomes agree.
+    """
+    aurc = float(selective_risks(values, outcomes).mean())
+    metrics = {
+        "accuracy": float(outcomes.mean()),
+        "mean": float(values.mean()),
+        "calibration_error": calibration_error(values, outcomes, bins),
+        "calibration_error_equal_mass": calibration_error(values, outcomes, bins, equal_mass=True),
+        "aurc": aurc,
+        "aurc_excess": aurc - float(selective_risks(outcomes, outcomes).mean()),
+    }
+    auroc = success_auroc(values, outcomes)
+    return metrics if auroc is None else metrics | {"auroc": float(auroc)}
 
 
 def critic_metrics(values: Tensor, outcomes: Tensor, bins: int = 10) -> dict[str, Tensor]:
@@ -81,7 +128,6 @@ def critic_metrics(values: Tensor, outcomes: Tensor, bins: int = 10) -> dict[str
     spread = outcomes.var(correction=0)
     if spread > 1e-12:  # equal rewards such as 0.1 have a rounding error for a variance
         metrics["critic/brier_skill"] = 1.0 - brier / spread
-    successes = (outcomes >= 0.5).long()
-    if 0 < int(successes.sum()) < len(successes):
-        metrics["critic/auroc"] = binary_auroc(values, successes)
+    if (auroc := success_auroc(values, outcomes)) is not None:
+        metrics["critic/auroc"] = auroc
     return metrics

@@ -19,11 +19,12 @@ from torchmetrics.utilities import dim_zero_cat
 
 from sppo_lightning.batch import Prompt, Rollouts
 from sppo_lightning.calibration import critic_metrics
+from sppo_lightning.confidence import PolicyConfidence
 from sppo_lightning.verification.extraction import extract_answer
 from sppo_lightning.verification.notation import Malformed, normalize
 from sppo_lightning.verification.numbers import exact_number
 
-_COLUMNS = ("dataset", "row", "sample", "problem", "greedy", "reward", "value", "answer")
+_COLUMNS = ("dataset", "row", "sample", "problem", "greedy", "reward", "value", "answer", "confidence")
 _ORDER = _COLUMNS[:3]  # says which response is earlier, whatever rank it was sampled on
 
 
@@ -64,6 +65,7 @@ class Evaluation(Metric):
     Attributes:
         last_problems: The problems of the last report by data set, the same on every rank, "all" being all of
             them where there are several data sets; data sets without a sampled response are missing.
+        confidence: Where it is set, the policy's confidence in its responses is kept, and reported, too.
     """
 
     full_state_update = False
@@ -73,9 +75,11 @@ class Evaluation(Metric):
         self.rows: list[Tensor]
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.last_problems: dict[str, ProblemTable] = {}
+        self.confidence: PolicyConfidence | None = None
 
     def update(self, dataset: int, rollouts: Rollouts, values: Tensor | None, greedy: bool = False) -> None:
         """Add responses of data set number `dataset`; `values` `[N]` are the critic's probabilities."""
+        nothing = [math.nan] * len(rollouts)
         columns: dict[str, Any] = {
             "dataset": [dataset] * len(rollouts),
             "row": [prompt.row for prompt in rollouts.prompts],
@@ -83,8 +87,9 @@ class Evaluation(Metric):
             "problem": [problem_id(prompt) for prompt in rollouts.prompts],
             "greedy": [greedy] * len(rollouts),
             "reward": rollouts.rewards,
-            "value": [math.nan] * len(rollouts) if values is None else values,
+            "value": nothing if values is None else values,
             "answer": [answer_key(response) for response in rollouts.responses],
+            "confidence": nothing if self.confidence is None or greedy else self.confidence.of(rollouts),
         }
         made = [torch.as_tensor(columns[name], dtype=torch.float64, device=self.device) for name in _COLUMNS]
         self.rows.append(torch.stack(made, dim=1))
@@ -111,8 +116,8 @@ class Evaluation(Metric):
         for name, rows in parts.items():
             greedy = _column(rows, "greedy") > 0
             if not greedy.all():
-                self.last_problems[name] = _problems(rows[~greedy])
-                found = self.last_problems[name].metrics()
+                problems = self.last_problems[name] = _problems(rows[~greedy])
+                found = problems.metrics() | ({} if self.confidence is None else self.confidence.metrics(problems))
                 metrics |= {f"val/{name}/{metric}": value for metric, value in found.items()}
             if greedy.any():
                 metrics[f"val/{name}/greedy"] = float(_problems(rows[greedy]).pass_rates.mean())
@@ -143,6 +148,7 @@ def _problems(rows: Tensor) -> ProblemTable:
     return ProblemTable(
         rewards=[_column(group, "reward") for group in groups],
         answers=[_column(group, "answer") for group in groups],
+        confidences=[_column(group, "confidence") for group in groups],
         values=torch.stack([_column(group, "value")[0] for group in groups]),
     )
 
@@ -153,6 +159,7 @@ class ProblemTable:
 
     rewards: list[Tensor]  # M, [n] each, float64, in the order of row and sample
     answers: list[Tensor]  # M, [n] each: `answer_key` of the responses
+    confidences: list[Tensor]  # M, [n] each: the policy's in its responses; NaN where nobody asked, or it has none
     values: Tensor  # [M], the critic's V; NaN without a critic
 
     def __len__(self) -> int:
@@ -177,7 +184,18 @@ class ProblemTable:
         if all(answers.isnan().all() for answers in self.answers):
             return None  # as where a verifier reads whole responses
         pairs = zip(self.answers, self.rewards, strict=True)
-        return sum(majority_reward(answers, rewards) for answers, rewards in pairs) / len(self)
+        return sum(majority_vote(answers, rewards)[1] for answers, rewards in pairs) / len(self)
+
+    def agreement(self) -> tuple[Tensor, Tensor] | None:
+        """Share of the responses that give the majority's answer, and its reward, of problems with two or more.
+
+        `[m]` each; 0 for a problem without any answer. None where there is no such problem, or no majority.
+        """
+        pairs = [pair for pair in zip(self.answers, self.rewards, strict=True) if len(pair[0]) > 1]
+        if all(answers.isnan().all() for answers, _ in pairs):
+            return None
+        shares, rewards = zip(*(majority_vote(*pair) for pair in pairs), strict=True)
+        return torch.tensor(shares, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
 
     def critic(self, bins: int = 10) -> dict[str, float]:
         """`critic_metrics` of V against the pass rates, without their prefix; nothing without a critic."""
@@ -206,17 +224,18 @@ def pass_at_k(rewards: Tensor, k: int) -> float:
     return 1.0 - comb(n - successes, min(k, n)) / comb(n, min(k, n))
 
 
-def majority_reward(answers: Tensor, rewards: Tensor) -> float:
-    """Mean reward of the responses with the most frequent answer, of several the one that came first; 0 without.
+def majority_vote(answers: Tensor, rewards: Tensor) -> tuple[float, float]:
+    """The share of the responses that give the most frequent answer, and their mean reward; 0 and 0 without one.
 
-    `answers` `[n]` hold equal numbers for equal answers, and NaN for responses without one, which do not vote;
-    `rewards` `[n]`. Source: Wang et al. 2022, arXiv 2203.11171 (self-consistency).
+    Of several such answers it is the one that came first. `answers` `[n]` hold equal numbers for equal answers, and
+    NaN for responses without one, which do not vote; `rewards` `[n]`.
+    Source: Wang et al. 2022, arXiv 2203.11171 (self-consistency).
     """
     votes = Counter(answers[~answers.isnan()].tolist())
     if not votes:
-        return 0.0
-    winner, _ = votes.most_common(1)[0]  # which keeps the order of first appearance among equals
-    return float(rewards[answers == winner].mean())
+        return 0.0, 0.0
+    winner, count = votes.most_common(1)[0]  # which keeps the order of first appearance among equals
+    return count / len(answers), float(rewards[answers == winner].mean())
 
 
 def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,11 @@ from sppo_lightning.calibration import (
     Bin,
     average_ranks,
     calibration_error,
+    confidence_metrics,
     critic_metrics,
     pearson,
     reliability_bins,
+    selective_risks,
     spearman,
 )
 
@@ -132,3 +135,97 @@ def test_metrics_without_meaning_are_left_out():
     assert set(critic([0.5, 0.25], [1.0, 1.0])) == always
     assert set(critic([0.5, 0.25], [0.75, 0.5])) == always | {"brier_skill"}
     assert set(critic([0.5] * 7, [0.1] * 7)) == always  # variance 1e-17, not 0
+
+
+def test_bins_of_equal_mass_keep_equal_predictions_together():
+    values = torch.tensor([0.9, 0.1, 0.2, 0.8, 0.7, 0.3], dtype=torch.float64)
+    outcomes = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    first, second, third = reliability_bins(values, outcomes, bins=3, equal_mass=True)
+    assert [(b.low, b.high, b.count) for b in (first, second, third)] == [
+        (0.1, 0.2, 2),
+        (0.3, 0.7, 2),
+        (0.8, 0.9, 2),
+    ]
+    expected = (2 * abs(0.15 - 0.5) + 2 * 0.5 + 2 * abs(0.85 - 1)) / 6
+    assert calibration_error(values, outcomes, bins=3, equal_mass=True) == pytest.approx(expected)
+    # of equal width, 0.3 is with the first two and 0.7 with the last two
+    assert calibration_error(values, outcomes, bins=3) == pytest.approx(
+        (3 * abs(0.2 - 1 / 3) + 3 * abs(0.8 - 2 / 3)) / 6
+    )
+    # the four that are equal have the mean rank 3.5 of 6, and the second bin to themselves
+    tied = torch.tensor([0.1, 0.5, 0.5, 0.5, 0.5, 0.6])
+    assert [b.count for b in reliability_bins(tied, outcomes, bins=3, equal_mass=True)] == [1, 4, 1]
+
+
+def brute_force_risks(values: list[float], outcomes: list[float]) -> list[float]:
+    """The mean, over every order of equal predictions, of the failures among the first 1, 2, … of them."""
+    orders = [p for p in itertools.permutations(range(len(values))) if sorted_by(values, p)]
+    failures = [[1 - outcomes[i] for i in order] for order in orders]
+    return [sum(sum(f[:n]) / n for f in failures) / len(failures) for n in range(1, len(values) + 1)]
+
+
+def sorted_by(values: list[float], order: tuple[int, ...]) -> bool:
+    return all(values[a] >= values[b] for a, b in itertools.pairwise(order))
+
+
+@pytest.mark.parametrize(
+    ("values", "outcomes"),
+    [
+        ([0.9, 0.8, 0.3], [1.0, 0.0, 1.0]),
+        ([0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 0.0, 1.0]),
+        ([0.25, 0.75, 0.75, 0.5, 0.25, 0.75], [0.0, 1.0, 0.0, 0.5, 1.0, 0.25]),
+        ([0.4, 0.6], [1.0, 1.0]),
+        ([0.7], [0.0]),
+    ],
+)
+def test_selective_risks_are_those_of_all_orders(values: list[float], outcomes: list[float]):
+    found = selective_risks(torch.tensor(values), torch.tensor(outcomes))
+    assert found.tolist() == pytest.approx(brute_force_risks(values, outcomes), abs=1e-12)
+
+
+def confidence(values: list[float], outcomes: list[float], bins: int = 10) -> dict[str, float]:
+    tensors = [torch.tensor(numbers, dtype=torch.float64) for numbers in (values, outcomes)]
+    return confidence_metrics(*tensors, bins)
+
+
+def test_confidence_metrics_by_hand():
+    assert confidence([0.95, 0.75, 0.75, 0.25], [1.0, 0.0, 1.0, 0.0]) == pytest.approx(
+        {
+            "accuracy": 0.5,
+            "mean": 0.675,
+            "calibration_error": (0.05 + 2 * 0.25 + 0.25) / 4,
+            "calibration_error_equal_mass": (0.05 + 2 * 0.25 + 0.25) / 4,
+            # the most confident one is right; the next is wrong half of the time, whichever of the two it is
+            "aurc": (0 + 0.25 + 1 / 3 + 0.5) / 4,
+            "aurc_excess": (0 + 0.25 + 1 / 3 + 0.5) / 4 - (0 + 0 + 1 / 3 + 0.5) / 4,
+            "auroc": (1 + 1 + 0.5 + 1) / 4,  # of the pairs of right and wrong, one is a tie
+        }
+    )
+
+
+@pytest.mark.parametrize("right", [1.0, 0.0])
+def test_where_all_answers_are_right_or_all_are_wrong(right: float):
+    assert confidence([0.5, 0.75], [right, right]) == pytest.approx(
+        {
+            "accuracy": right,
+            "mean": 0.625,
+            "calibration_error": abs(0.625 - right),
+            "calibration_error_equal_mass": abs(0.625 - right),
+            "aurc": 1 - right,
+            "aurc_excess": 0.0,
+        }
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_confidence_metrics_against_the_library_and_brute_force(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.rand(300, generator=generator) * 16).round().double() / 16  # as of 16 samples, with many ties
+    hits = (torch.rand(300, generator=generator) < values.square()).double()
+    found = confidence_metrics(values, hits)
+    pairs = [(v > w) + (v == w) / 2 for v in values[hits == 1].tolist() for w in values[hits == 0].tolist()]
+    assert found["auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    expected = float(binary_calibration_error(values, hits.long(), n_bins=10))
+    assert found["calibration_error"] == pytest.approx(expected, abs=1e-6)
+    shuffled = torch.randperm(300, generator=generator)
+    assert confidence_metrics(values[shuffled], hits[shuffled]) == pytest.approx(found, abs=1e-12)

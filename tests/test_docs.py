@@ -7,12 +7,14 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import yaml
 from by_hand import ByHand, assert_equal, run
 from given import outcomes
 from tiny_config import EXACT, ROLLOUT, write_files
 
 from sppo_lightning.batch import Prompt
+from sppo_lightning.calibration import confidence_metrics
 from sppo_lightning.callbacks import (
     CodeVerifier,
     CollapseMonitor,
@@ -21,6 +23,7 @@ from sppo_lightning.callbacks import (
     FormatVerifier,
     HackingMonitor,
     LengthPenalty,
+    PolicyCalibration,
     RewardModelVerifier,
     StepQuality,
 )
@@ -154,6 +157,18 @@ def test_the_pages_curricula(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     cli = command_line(["fit", "-c", "config.yaml", "-c", str(ROOT / "configs/curriculum.yaml")])
     assert {f"curriculum/{name}" for name in ("coverage", "expected_pass_rate")} <= {*cli.trainer.callback_metrics}
     assert cli.trainer.callback_metrics["curriculum/coverage"] == 1.0
+
+
+def test_the_pages_policy_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    page = "docs/calibration.md"
+    found = only(PolicyCalibration, callbacks_built("PolicyCalibration", monkeypatch, tmp_path, page=page))
+    default = PolicyCalibration()
+    assert found.path == Path("runs/my")
+    for setting in ("tokens", "bins", "every_n_validations"):
+        assert getattr(found, setting) == getattr(default, setting)
+    rows = re.findall(r"^\| (`[`\w, ]+`) \| (?:[01]|equal) \|", (ROOT / page).read_text(), flags=re.MULTILINE)
+    pair = torch.tensor([0.5, 0.75]), torch.tensor([0.0, 1.0])
+    assert [name.strip("`") for row in rows for name in row.split(", ")] == list(confidence_metrics(*pair))
 
 
 def test_the_pages_hidden_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

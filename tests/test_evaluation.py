@@ -10,7 +10,7 @@ from sppo_lightning.evaluation import (
     Evaluation,
     answer_key,
     by_dataset,
-    majority_reward,
+    majority_vote,
     metric_table,
     pass_at_k,
     problem_id,
@@ -166,18 +166,18 @@ def test_a_response_without_a_verdict_does_not_vote():
 
 
 @pytest.mark.parametrize(
-    ("answers", "rewards", "expected"),
+    ("answers", "rewards", "share", "reward"),
     [
-        ([7.0, 8.0, 8.0], [1.0, 0.0, 0.0], 0.0),
-        ([7.0, 8.0, 7.0, 8.0], [1.0, 0.0, 1.0, 0.0], 1.0),  # a tie goes to the answer that came first
-        ([8.0, 7.0, 7.0, 8.0], [0.0, 1.0, 1.0, 0.0], 0.0),
-        ([NAN, NAN, 7.0], [0.0, 0.0, 1.0], 1.0),  # those without an answer do not vote
-        ([NAN, NAN], [1.0, 1.0], 0.0),
-        ([7.0, 7.0, 8.0], [1.0, 0.5, 0.0], 0.75),  # one answer, two rewards
+        ([7.0, 8.0, 8.0], [1.0, 0.0, 0.0], 2 / 3, 0.0),
+        ([7.0, 8.0, 7.0, 8.0], [1.0, 0.0, 1.0, 0.0], 0.5, 1.0),  # a tie goes to the answer that came first
+        ([8.0, 7.0, 7.0, 8.0], [0.0, 1.0, 1.0, 0.0], 0.5, 0.0),
+        ([NAN, NAN, 7.0], [0.0, 0.0, 1.0], 1 / 3, 1.0),  # those without an answer do not vote
+        ([NAN, NAN], [1.0, 1.0], 0.0, 0.0),
+        ([7.0, 7.0, 8.0], [1.0, 0.5, 0.0], 2 / 3, 0.75),  # one answer, two rewards
     ],
 )
-def test_majority_reward(answers: list[float], rewards: list[float], expected: float):
-    assert majority_reward(torch.tensor(answers), torch.tensor(rewards)) == expected
+def test_the_vote_of_the_majority(answers: list[float], rewards: list[float], share: float, reward: float):
+    assert majority_vote(torch.tensor(answers), torch.tensor(rewards)) == (share, reward)
 
 
 @pytest.mark.parametrize(

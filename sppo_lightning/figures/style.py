@@ -25,10 +25,10 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_below(axes: Axes) -> None:
+def legend_below(axes: Axes, ncols: int = 2) -> None:
     """The legend under the axes' label, where it hides no data; none where nothing has a name."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=ncols, frameon=False)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:

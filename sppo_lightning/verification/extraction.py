@@ -28,6 +28,14 @@ class Box(NamedTuple):
     content: str
 
 
+class Answer(NamedTuple):
+    """The final answer of a response, and the characters that say it."""
+
+    text: str
+    start: int  # where several boxes are one answer, of the first one's content
+    end: int  # and behind the last one's
+
+
 def boxes(text: str) -> list[Box]:
     r"""The `\boxed{…}` and `\fbox{…}` that stand in no other one; none where the last one is never closed."""
     first = _BOX.search(text)
@@ -69,36 +77,52 @@ def extract_answer(response: str) -> str | None:
     side by side, with nothing but "or", "and" or commas between them, are one answer of several. An answer that
     is empty or longer than 512 characters is none.
     """
-    text = response.rpartition("</think>")[2].partition("<think>")[0]
+    found = find_answer(response)
+    return None if found is None else found.text
+
+
+def find_answer(response: str) -> Answer | None:
+    """The answer of `extract_answer`, and where in the response it stands."""
+    rest = response.rpartition("</think>")[2]
+    text, skipped = rest.partition("<think>")[0], len(response) - len(rest)
+    found = None
     if _BOX.search(text):
-        answer = _boxed_answer(text)
+        found = _boxed_answer(text)
     elif (at := text.rfind("####")) >= 0:
-        answer = _line(text, at + 4)
-    else:
-        marks = list(_MARK.finditer(text))
-        answer = _line(text, marks[-1].end()) if marks else ""
-    answer = answer.strip()
-    return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
+        found = _line(text, at + 4)
+    elif marks := list(_MARK.finditer(text)):
+        found = _line(text, marks[-1].end())
+    if found is None or not 0 < len(found.text) <= MAX_ANSWER_CHARS:
+        return None
+    return Answer(found.text, skipped + found.start, skipped + found.end)
 
 
-def _boxed_answer(text: str) -> str:
+def _boxed_answer(text: str) -> Answer | None:
     """The last box, with those before it that are joined to it and say something else."""
     found = boxes(text)
     if not found or not found[-1].content.strip():
-        return ""
-    contents = [found[-1].content.strip()]
+        return None
+    first = last = found[-1]
+    contents = [last.content.strip()]
     for box, after in zip(found[-2::-1], found[:0:-1], strict=True):
         if not _JOINT.fullmatch(text, box.end, after.start):
             break
         if (content := box.content.strip()) not in contents:
             contents.insert(0, content)
-    return ", ".join(contents)
+            first = box
+    begin = last.end - 1 - len(last.content)  # a content ends before the closing brace
+    return Answer(
+        ", ".join(contents), first.end - 1 - len(first.content.lstrip()), begin + len(last.content.rstrip())
+    )
 
 
-def _line(text: str, start: int) -> str:
+def _line(text: str, start: int) -> Answer:
     """What the line says from `start` on, without emphasis and what follows the first sentence."""
     line = text[start:].split("\n", 1)[0]
+    end = start + len(line)
     if mark := _MARK.match(line.lstrip("*_ ")):  # "#### Answer: 42"
         line = line.lstrip("*_ ")[mark.end() :]
     sentence = _SENTENCE_END.split(line.strip(), maxsplit=1)[0]
-    return sentence.strip().strip("*_").removesuffix(".").rstrip().rstrip("*_")
+    answer = sentence.strip().strip("*_").removesuffix(".").rstrip().rstrip("*_").strip()
+    begin = end - len(line.lstrip().lstrip("*_").lstrip())
+    return Answer(answer, begin, begin + len(answer))

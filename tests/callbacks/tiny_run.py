@@ -71,15 +71,17 @@ class Recorder(Callback):
         self.validations.append({k: float(v) for k, v in metrics.items() if k.startswith("val/")})
 
 
-def policy(lora: LoRA | None = None) -> TinyPolicy:
+def policy(lora: LoRA | None = None, words: str = WORDS) -> TinyPolicy:
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_tokens": 16}
-    return TinyPolicy(WORDS, **sizes, lora=lora)
+    return TinyPolicy(words, **sizes, lora=lora)
 
 
-def sppo(folder: Path, learning_rate: float = 0.02, lora: LoRA | None = None, **settings: Any) -> SPPOModule:
+def sppo(
+    folder: Path, learning_rate: float = 0.02, lora: LoRA | None = None, words: str = WORDS, **settings: Any
+) -> SPPOModule:
     """With a critic whose tokenizer is saved in `folder`; two updates per iteration of 8 responses."""
     seed_everything(3, verbose=False)
-    made = policy(lora)
+    made = policy(lora, words)
     made.tokenizer.save_pretrained(folder)
     config = {"model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}

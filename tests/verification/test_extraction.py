@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from sppo_lightning.verification.extraction import extract_answer, extract_boxed
+from sppo_lightning.verification.extraction import extract_answer, extract_boxed, find_answer
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,25 @@ def test_extract_answer(response: str, expected: str | None):
 )
 def test_boxes_side_by_side_are_one_answer(response: str, expected: str):
     assert extract_answer(response) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "behind"),
+    [
+        (r"<think>\boxed{1}</think> so \boxed{ ", "12", " }."),
+        (r"<think>5</think> 5 or \boxed {", "5", "} 5"),
+        (r"\boxed{4} no: \boxed{", r"1} or $\boxed{ 2", "}$"),
+        (r"\boxed{", r"1} or \boxed{2} or \boxed{2", "}"),
+        ("#### Answer:  **", "A", "**. Because A"),
+        ("a\n#### ** ", "7", " **.\n7"),
+        ("Answer: 8\nFinal Answer: The final answer is ", "$8$", ". I hope"),
+    ],
+)
+def test_where_the_answer_stands(before: str, answer: str, behind: str):
+    found = find_answer(before + answer + behind)
+    assert found is not None
+    assert (found.start, found.end) == (len(before), len(before + answer))
+    assert found.text == extract_answer(before + answer + behind)
 
 
 @pytest.mark.parametrize(
