@@ -24,6 +24,7 @@ from sppo_lightning.callbacks.sample_log import SampleLog
 from sppo_lightning.callbacks.sampler_parity import SamplerParity
 from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.callbacks.warm_start_gate import WarmStartGate
 
 __all__ = [
     "Checkpoint",
@@ -50,4 +51,5 @@ __all__ = [
     "SamplerParity",
     "StepQuality",
     "Verifier",
+    "WarmStartGate",
 ]

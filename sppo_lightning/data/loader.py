@@ -121,6 +121,13 @@ class PromptLoader:
         order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i].text))[:count]
         return self._batch(order, visits=[0] * len(order))
 
+    def at_random(self, count: int) -> PromptBatch:
+        """`count` prompts (or all) of the data set, the same on any number of ranks that share them; no trace."""
+        # the 2 tells this order from those of epochs and of spares
+        order = np.random.default_rng([self.seed, 0, 2]).permutation(len(self.prompts))[:count].tolist()
+        mine = order[self.rank :: self.world_size]
+        return self._batch(mine, visits=[0] * len(mine))
+
     def _batch(self, indices: Sequence[int], visits: list[int]) -> PromptBatch:
         prompts = [self.prompts[i] for i in indices]
         return PromptBatch(prompts, self.prompt_format.encode([prompt.text for prompt in prompts]), visits)
