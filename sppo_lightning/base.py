@@ -49,6 +49,7 @@ class PolicyModule(ResumableModule):
     automatic_optimization = False
     micro_batch_tokens: int  # token budget of one forward and backward on one rank, padding included
     needs_in_fit: frozenset[str] = frozenset()  # what the stages must provide for `training_step`
+    imitates: ClassVar[bool] = False  # whether it learns from the rows' demonstrations
     with_state: ClassVar[tuple[str, ...]] = ("skipped_updates",)  # saved, besides the modules
 
     def __init__(self, policy: CausalLMPolicy, max_skipped_updates: int | None = 5) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,8 @@ class SFTModule(PolicyModule):
         max_skipped_updates: Updates in a row that may be skipped because a number is not finite; after so many the
             run stops, with a checkpoint. 1 stops at the first one, null never.
     """
+
+    imitates = True
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class SFTModule(PolicyModule):
         tokenizer = self.policy.tokenizer
         texts = [str(p.demonstration) for p in batch.prompts]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        responses = [[*row, tokenizer.eos_token_id] for row in ids]
+        responses = [closed(row, self.policy.eos_token_ids, tokenizer.eos_token_id) for row in ids]
         return pack_rollouts(
             batch,
             list(range(len(batch))),
@@ -95,3 +98,9 @@ class SFTModule(PolicyModule):
         """AdamW on the policy."""
         optimizer, schedule = build_optimizer(self.trained_modules(), self.lr_schedule, self.trainer.max_steps)
         return [optimizer], [schedule]
+
+
+def closed(token_ids: list[int], ends: Sequence[int], end: int) -> list[int]:
+    """The ids up to the first of `ends`, where sampling would stop; with `end` behind them where there is none."""
+    first = next((place for place, token in enumerate(token_ids) if token in ends), None)
+    return [*token_ids, end] if first is None else token_ids[: first + 1]
