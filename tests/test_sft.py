@@ -9,12 +9,14 @@ from forked import on_ranks
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from tiny import loader, make_batch, make_chain_policy, make_policy, make_trainer
+from tiny import AnyDigit, loader, make_batch, make_chain_policy, make_policy, make_trainer
 from torch import Tensor
 
 from sppo_lightning import SFTModule
 from sppo_lightning.batch import PromptBatch
+from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.data import ChainTask, PromptDataModule
+from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
 from sppo_lightning.optim import GroupOptimizer
 from sppo_lightning.sft import closed
@@ -116,35 +118,37 @@ def unshown(policy: Any) -> PromptBatch:
     return make_batch(policy, list(CASES))
 
 
-def early(folder: Path, **settings: Any) -> tuple[Any, EarlyStopping]:
-    """A run on few chains that is validated by the loss on others after every update, until that rises."""
+def early(folder: Path, kind: str, **settings: Any) -> tuple[Any, EarlyStopping]:
+    """A run on few chains that is validated on others after every update, until that gets no better."""
     seed_everything(1, verbose=False)
     module = SFTModule(make_chain_policy(), GroupOptimizer(lr=0.03))
-    few, others = (
-        ChainTask({"1-3": 1.0}, n, split=s, demonstrations=True) for n, s in ((8, "train"), (16, "validation"))
-    )
+    few = ChainTask({"1-3": 1.0}, 8, demonstrations=True)
+    others = ChainTask({"1-3": 1.0}, 16, split="validation", demonstrations=True)
     data = PromptDataModule(few, {"held_out": others}, batch_size=4)
-    stopping = EarlyStopping("val/held_out/sft_loss", mode="min", patience=3)
+    stages = [RolloutGeneration(Sampling(max_new_tokens=4, samples_per_prompt=2)), AnyDigit()]
+    stopping = EarlyStopping(f"val/held_out/{kind}", mode="min" if kind == "sft_loss" else "max", patience=3)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     limits = {"max_epochs": 100, "val_check_interval": 1, "check_val_every_n_epoch": None}
-    trainer = make_trainer(stopping, saver, **limits, enable_checkpointing=True)
+    callbacks = [*([] if kind == "sft_loss" else stages), stopping, saver]
+    trainer = make_trainer(*callbacks, **limits, enable_checkpointing=True)
     trainer.fit(module, data, **settings)
     return trainer, stopping
 
 
-def test_a_run_stops_when_the_loss_rises_and_a_resumed_one_stops_there_too(tmp_path: Path):
-    trainer, stopping = early(tmp_path / "first")
+@pytest.mark.parametrize("kind", ["sft_loss", "avg@2"])
+def test_a_run_stops_when_it_gets_no_better_and_a_resumed_one_stops_there_too(tmp_path: Path, kind: str):
+    trainer, stopping = early(tmp_path / "first", kind)
     stopped = trainer.global_step
     assert stopping.stopped_epoch > 0
     assert stopping.wait_count == 3
-    assert 4 < stopped < 200
-    final = float(trainer.callback_metrics["val/held_out/sft_loss"])
-    for since in (stopped - 5, stopped - 2):  # before the best loss, and while its patience is running out
+    assert 5 < stopped < 200
+    final = float(trainer.callback_metrics[stopping.monitor])
+    for since in (stopped - 5, stopped - 2):  # before the best, and while the patience is running out
         checkpoint = str(tmp_path / "first" / f"step={since}.ckpt")
-        resumed, again = early(tmp_path / f"from{since}", ckpt_path=checkpoint)
+        resumed, again = early(tmp_path / f"from{since}", kind, ckpt_path=checkpoint)
         assert (resumed.global_step, again.wait_count) == (stopped, 3)
         assert float(again.best_score) == float(stopping.best_score)
-        assert float(resumed.callback_metrics["val/held_out/sft_loss"]) == final
+        assert float(resumed.callback_metrics[stopping.monitor]) == final
 
 
 def losses_over_ranks(devices: int, strategy: str, batch_size: int) -> dict[str, float]:
