@@ -70,7 +70,8 @@ class SFTModule(PolicyModule):
             attempt.add("policy/entropy", entropy[mask].mean(), mask.sum())
             count_padding(attempt, examples.rows(rows.index), self.policy.packs)
         if self.step_optimizer(self.trained_modules(), attempt):  # unless a number is not finite
-            self.log_dict(attempt.means(self.trainer.strategy), prog_bar=True)
+            for name, value in attempt.means(self.trainer.strategy).items():
+                self.log(name, value, prog_bar=name == "sft/loss")
         self.end_iteration(len(examples), time.perf_counter() - start)
 
     def imitation(self, examples: Rollouts, rows: MicroRows) -> tuple[Tensor, Tensor, Tensor]:
