@@ -25,6 +25,7 @@ from sppo_lightning.callbacks.sample_log import SampleLog
 from sppo_lightning.callbacks.sampler_parity import SamplerParity
 from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
+from sppo_lightning.callbacks.warm_start_gate import WarmStartGate
 
 __all__ = [
     "Checkpoint",
@@ -52,4 +53,5 @@ __all__ = [
     "SamplerParity",
     "StepQuality",
     "Verifier",
+    "WarmStartGate",
 ]

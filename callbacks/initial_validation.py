@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sppo_lightning.errors import InputError
 from sppo_lightning.evaluation import by_dataset
-from sppo_lightning.resuming import validate_in_fit
+from sppo_lightning.resuming import starts_afresh, validate_in_fit
 
 
 class InitialValidation(Callback):
@@ -37,7 +37,7 @@ class InitialValidation(Callback):
         Raises:
             InputError: Where the measured pass rate is below `min_pass_rate`, or cannot be measured.
         """
-        if trainer.ckpt_path or trainer.global_step or trainer.fit_loop.restarting:
+        if not starts_afresh(trainer):
             return
         validate_in_fit(trainer)
         if self.min_pass_rate:

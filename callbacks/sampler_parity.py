@@ -82,9 +82,7 @@ class SamplerParity(Callback):
     @torch.no_grad()
     def check(self, trainer: Trainer, module: Any, batch: PromptBatch) -> None:
         """Sample, compare and log; a collective. Raises `InputError` for a gap beyond the bound."""
-        few = PromptBatch(
-            batch.prompts[: self.prompts], batch.token_ids[: self.prompts], batch.visits[: self.prompts]
-        )
+        few = batch.rows(range(min(self.prompts, len(batch))))
         temperature = self._generation.sampling.temperature or 1.0
         sampling = Sampling(temperature=temperature, max_new_tokens=self.max_new_tokens)
         rollouts = self._generation.probe(few, sampling, trainer, module)

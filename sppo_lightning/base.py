@@ -49,6 +49,7 @@ class PolicyModule(ResumableModule):
     automatic_optimization = False
     micro_batch_tokens: int  # token budget of one forward and backward on one rank, padding included
     needs_in_fit: frozenset[str] = frozenset()  # what the stages must provide for `training_step`
+    imitates: ClassVar[bool] = False  # whether it learns from the rows' demonstrations
     with_state: ClassVar[tuple[str, ...]] = ("skipped_updates",)  # saved, besides the modules
 
     def __init__(self, policy: CausalLMPolicy, max_skipped_updates: int | None = 5) -> None:
@@ -87,14 +88,16 @@ class PolicyModule(ResumableModule):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":
             self.record.describe(self.trainer)
-        needs = self.needs_in_fit if stage == "fit" else frozenset({"rollouts", "scores"})
-        if stage == "predict":
-            needs = frozenset({"rollouts"})
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        check_requirements(needs, callbacks, callbacks, "the module")
+        check_requirements(self.needs(stage), callbacks, callbacks, "the module")
         if self.trainer.world_size > 1:
             timeout = getattr(self.trainer.strategy, "_timeout", None) or default_pg_timeout
             self._watch = Watch(timeout.total_seconds(), rank_zero_warn)
+
+    def needs(self, stage: str) -> frozenset[str]:
+        """What the stages must provide in this stage of the run."""
+        others = {"fit": self.needs_in_fit, "predict": frozenset({"rollouts"})}
+        return others.get(stage, frozenset({"rollouts", "scores"}))
 
     def teardown(self, stage: str) -> None:
         """End what was begun in `setup`."""
@@ -263,6 +266,10 @@ class PolicyModule(ResumableModule):
         """Log avg@k and pass@k of every test set."""
         self._report()
 
+    def more_metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """What else is reported of the data sets with these names, the same on every rank."""
+        return {}
+
     @phase("validation")
     def _report(self) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -273,7 +280,7 @@ class PolicyModule(ResumableModule):
         known = self.trainer.callback_metrics
         for name in [name for name in known if name.startswith("val/")]:
             del known[name]  # or what an earlier validation logged would pass for this one's, where it has none
-        metrics = self.evaluation.report(names)
+        metrics = self.evaluation.report(names) | self.more_metrics(names)
         self.evaluation.reset()
         self.phase_seconds = {}
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:

@@ -213,6 +213,11 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def rows(self, index: Sequence[int]) -> PromptBatch:
+        """The prompts at `index`, in that order, as a new batch without responses."""
+        token_ids, visits = [self.token_ids[i] for i in index], [self.visits[i] for i in index]
+        return PromptBatch([self.prompts[i] for i in index], token_ids, visits)
+
     @property
     def upcoming(self) -> PromptBatch | None:
         """The batch that follows, which is drawn when it is asked for; None where a loader does not know it."""

@@ -238,6 +238,18 @@ def majority_vote(answers: Tensor, rewards: Tensor) -> tuple[float, float]:
     return count / len(answers), float(rewards[answers == winner].mean())
 
 
+def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval, 95 % by default, of a share `rate` in [0, 1] of `count` independent trials.
+
+    Source: Wilson 1927; `z` is the normal distribution's quantile. From no trial, everything is possible.
+    """
+    if not count:
+        return 0.0, 1.0
+    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    spread = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
 def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     """The metrics `val/<data set>/<kind>` as text: headings, then a row per kind; a column per set, "all" last."""
     cells = {tuple(name.split("/", 1)[1].rsplit("/", 1)): value for name, value in metrics.items()}

@@ -150,6 +150,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def starts_afresh(trainer: Trainer) -> bool:
+    """Whether this `fit` is about to make its first update ever, and goes on from no checkpoint."""
+    return not (trainer.ckpt_path or trainer.global_step or trainer.fit_loop.restarting)
+
+
 def validate_in_fit(trainer: Trainer) -> None:
     """Run the validation loop in the middle of `fit`, with the state changes that Lightning's own makes."""
     connector = trainer._logger_connector

@@ -54,11 +54,16 @@ def count_micro_batch(
         attempt.add(f"policy/{name}", value, tokens)
     attempt.add("policy/entropy", entropy[mask].mean(), tokens)
     rollouts = micro.policy.rollouts
-    lengths = rollouts.prompt_mask.sum(1) + rollouts.response_mask.sum(1)
-    computed = lengths.sum() if module.policy.packs else F.pad(lengths, (0, 1)).max() * len(rollouts)
-    attempt.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
+    count_padding(attempt, rollouts, module.policy.packs)
     fresh = mask & (rollouts.policy_versions == module.global_step)[:, None]  # of the weights that sampled them
     attempt.add("sampler/logprob_gap", sampler_gaps(log_probs, rollouts, fresh).mean(), fresh.sum())
+
+
+def count_padding(attempt: Attempt, rollouts: Rollouts, packed: bool) -> None:
+    """Add the padding of a forward over these rows, as a share of the tokens that are computed."""
+    lengths = rollouts.prompt_mask.sum(1) + rollouts.response_mask.sum(1)
+    computed = lengths.sum() if packed else F.pad(lengths, (0, 1)).max() * len(rollouts)
+    attempt.add("update/padding_fraction", 1.0 - lengths.sum() / computed, computed)
 
 
 def sampler_gaps(log_probs: Tensor, rollouts: Rollouts, chosen: Tensor) -> Tensor:

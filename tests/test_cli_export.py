@@ -151,7 +151,9 @@ def test_adapters_alone_and_merged():
 def test_adapters_beside_weights_in_4_bits():
     torch.manual_seed(1)
     sizes = {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes misreads others on CPUs
-    Qwen2ForCausalLM(Qwen2Config(**TINY | sizes, vocab_size=7, eos_token_id=1, pad_token_id=0)).save_pretrained("base")
+    Qwen2ForCausalLM(Qwen2Config(**TINY | sizes, vocab_size=7, eos_token_id=1, pad_token_id=0)).save_pretrained(
+        "base"
+    )
     word_tokenizer(["a", "b", "c", "d"]).save_pretrained("base")
     lora = {"rank": 2, "load_in_4bit": True}
     fit({"model.init_args.policy.init_args": {"pretrained": "base", "lora": lora}}, WHOLE)

@@ -1,16 +1,20 @@
 """The Python of the documentation runs as it stands, and does what is said beside it."""
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from by_hand import ByHand, assert_equal, run
 from given import outcomes
+from test_configs import CHAT_TEMPLATE, TEXTS, save_tiny_model
 from tiny_config import EXACT, ROLLOUT, write_files
 
 from sppo_lightning.batch import Prompt
@@ -221,3 +225,43 @@ def test_the_monitors_defaults_are_those_of_the_table():
         r"\| `(\w+)`[^|]*\| ([0-9.]+) \|$", (ROOT / "docs/reward-hacking.md").read_text(), flags=re.MULTILINE
     )
     assert {name: float(value) for name, value in rows} == vars(Limits())
+
+
+def rows_file(path: str, rows: list[dict[str, Any]]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_warm_start_from_the_first_step_to_the_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
+    monkeypatch.chdir(tmp_path)
+    for name in ("policy", "critic"):
+        save_tiny_model(Path("models") / f"my-{name}", TEXTS, vocab=280, hidden=16, template=CHAT_TEMPLATE)
+    for name, marker in (("my", "# my.yaml"), *((n, f"# {n}.yaml") for n in ("warm_start", "reinforce", "reject"))):
+        page = "docs/own-model-and-data.md" if name == "my" else "docs/warm-start.md"
+        Path(f"{name}.yaml").write_text(block_of(page, "yaml", marker))
+    chats = [
+        [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}] for i in range(64)
+    ]
+    rows_file("data/demonstrations.jsonl", [{"messages": chat} for chat in chats])
+    rows_file("data/held_out_demonstrations.jsonl", [{"prompt": "7 + 1?", "completion": "8"}])
+    for name in ("train", "held_out"):
+        rows_file(f"data/{name}.jsonl", [{"question": f"{i} + 1?", "final": str(i + 1)} for i in range(64)])
+    quick = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    main(["fit", "--config", "warm_start.yaml", *quick, "--trainer.val_check_interval=1"])
+    assert Path("runs/warm/model/model.safetensors").is_file()
+    short = {"class_path": "RolloutGeneration", "init_args": {"sampling": {"max_new_tokens": 2}}}
+    shorter = ["--config", json.dumps({"trainer": {"callbacks": [short]}})]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "my.yaml", "--config", "reinforce.yaml", *shorter, *quick])
+    assert "64 responses to 64 training prompts" in (said := capsys.readouterr().err)
+    assert "below `WarmStartGate.min_pass_rate`=0.05" in said
+    logged = {"dataset": "train", "row": 0, "prompt": "<|user|>5 + 1?<|assistant|>", "gold": "6", "response": "6"}
+    more = {"finish_reason": "stop", "response_tokens": 2, "reward": 1.0, "iteration": 1}
+    table = pa.Table.from_pylist([logged | more | {"row": row} for row in range(32)])
+    pq.write_table(table, "runs/my/rollouts/iteration-000001.rank0.parquet")
+    again = ["--model.policy.pretrained=runs/warm/model", "--trainer.max_steps=1"]
+    main(["fit", "--config", "warm_start.yaml", "--config", "reject.yaml", *quick, *again])
+    assert Path("runs/rejection/model/model.safetensors").is_file()

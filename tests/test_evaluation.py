@@ -14,6 +14,7 @@ from sppo_lightning.evaluation import (
     metric_table,
     pass_at_k,
     problem_id,
+    wilson_interval,
 )
 
 NAN = math.nan
@@ -286,3 +287,11 @@ def test_a_question_in_two_data_sets_is_two_problems():
     metrics = report(["one", "two"], (0, scored(("a", 1.0), ("b", 0.0)), None), (1, scored(("a", 0.0)), None))
     assert metrics["val/all/avg@1"] == pytest.approx(1 / 3)
     assert metrics["val/all/pass@1"] == pytest.approx(1 / 3)
+
+
+def test_wilsons_interval():
+    # by scipy.stats.binomtest(8, 32).proportion_ci(method="wilson"), whose quantile has more digits
+    assert wilson_interval(0.25, 32) == pytest.approx((0.132524, 0.421066), abs=1e-5)
+    assert wilson_interval(0.0, 100) == pytest.approx((0.0, 3.8416 / 103.8416))
+    assert wilson_interval(1.0, 100) == pytest.approx((100 / 103.8416, 1.0))
+    assert wilson_interval(0.5, 0) == (0.0, 1.0)

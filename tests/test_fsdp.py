@@ -14,7 +14,7 @@ from tiny import make_chain_sppo, make_trainer
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from sppo_lightning.callbacks import HFExport, MemoryPlan, ReferenceRefresh, SamplerParity
+from sppo_lightning.callbacks import HFExport, MemoryPlan, ReferenceRefresh, SamplerParity, WarmStartGate
 from sppo_lightning.data import SolvabilityCurriculum
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import LoRA
@@ -58,8 +58,10 @@ def lora() -> dict[str, Any]:
     "silent", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["all judged", "one rank without verdicts"]
 )
 def test_sppo_on_two_processes_does_what_it_does_on_one(tmp_path: Path, silent: int) -> None:
-    both = on_ranks(2, tmp_path, sharded, silent, MemoryPlan(), kl_coef=0.1)
-    one = run(1, silent, kl_coef=0.1)
+    gate = WarmStartGate(0.01, prompts=7)
+    both = on_ranks(2, tmp_path, sharded, silent, MemoryPlan(), gate, kl_coef=0.1)
+    one = run(1, silent, None, 6, gate, kl_coef=0.1)
+    assert one[1]["warm_start/pass_rate"] == both[0][1]["warm_start/pass_rate"] > 0
     for weights, metrics, numbers in both:
         check_same(one, (weights, metrics))
         for held, there in numbers.values():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,13 +68,57 @@ class PromptFormat:
         turns = self._turns(prompt, suffix)
         if not self.chat:
             return "\n\n".join(turn["content"] for turn in turns if turn["content"]), turns
+        return self._rendered(turns, add_generation_prompt=True), turns
+
+    def completion(self, prompt: str, turns: Turns | None, answer: str, turn: Mapping[str, Any] | None) -> str:
+        """What the policy has to write behind `prompt` to give this answer, the end of its turn included.
+
+        A turn is written as the chat template renders it behind the generation prompt; text, and all under `plain`,
+        as it stands. Where the template does not go on from its own generation prompt (some drop an earlier
+        thought), the answer's text is taken, without what the generation prompt has opened already.
+
+        Args:
+            prompt: The rendered prompt.
+            turns: What it was made of, as `render` gives them.
+            answer: The answer's text.
+            turn: The assistant's message that it is the text of, if any.
+
+        Raises:
+            RowError: Where the chat template refuses the turn.
+        """
+        if not self.chat:
+            return answer
+        if turn is not None and turns is not None:
+            whole = self._rendered((*turns, turn), add_generation_prompt=False)
+            if whole.startswith(prompt):
+                return whole[len(prompt) :].rstrip()
+            opened = prompt[len(os.path.commonprefix([prompt, whole])) :].strip()
+            if opened and answer.lstrip().startswith(opened):
+                answer = answer.lstrip()[len(opened) :].lstrip("\n")
+        return answer + self._turn_end
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """The special token with which the chat template ends an assistant's turn; "" where it has none."""
+        probe = "5a7c"  # no special token, nor part of one
+        turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": probe})
+        with suppress(RowError):  # a template that wants more than this
+            _, found, rest = self._rendered(turns, add_generation_prompt=False).rpartition(probe)
+            ids = self.tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+            added = self.tokenizer.added_tokens_decoder
+            if ids and (ids[0] == self.tokenizer.eos_token_id or (ids[0] in added and added[ids[0]].special)):
+                return str(self.tokenizer.convert_ids_to_tokens(ids[0]))
+        return ""
+
+    def _rendered(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        messages = [dict(turn) for turn in turns]
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template is a program that comes with the model
             raise RowError(f"the chat template refuses the messages ({error})") from error
-        return str(text), turns
+        return str(text)
 
     def _turns(self, prompt: str | Turns, suffix: str) -> Turns:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -23,6 +23,7 @@ class Layout:
     answer: str  # the gold answer: text or a number
     demonstration: str | None = None  # text or chat messages; the conventional names are tried if None
     marker: str | None = None  # the gold answer is what follows the marker; the whole is a demonstration
+    answered: bool = False  # the last message in `prompt` is not part of the prompt, but the demonstration
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -30,6 +31,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "prompt_answer": Layout("prompt", "answer"),
     "gsm8k": Layout("question", "answer", marker="####"),
     "trl": Layout("prompt", "solution"),
+    "chat": Layout("messages", "answer", answered=True),
 }
 _MAPPABLE = ("prompt", "answer", "demonstration")
 _DEMONSTRATIONS = ("demonstration", "response", "completion")
@@ -44,6 +46,7 @@ class Record:
     gold: str  # "" where there is none
     demonstration: str | None
     metadata: Mapping[str, Any]  # the columns that nothing else here was read from
+    turn: Mapping[str, Any] | None = None  # the assistant's message that `demonstration` is the text of, if any
 
 
 class RowError(ValueError):
@@ -99,7 +102,7 @@ def read_source(source: PromptSource, gold_required: bool = True) -> tuple[list[
 
 def resolve_layout(source: PromptSource, present: Collection[str], gold_required: bool) -> Layout:
     """The layout of `source` with its column mapping applied, checked against the columns `present`."""
-    mapping = source.columns or {}
+    mapping: Mapping[str, Any] = source.columns or {}
     for name, column in mapping.items():
         if name not in _MAPPABLE:
             raise InputError(
@@ -123,7 +126,7 @@ def resolve_layout(source: PromptSource, present: Collection[str], gold_required
 
 
 def _recognise(source: PromptSource, present: Collection[str], gold_required: bool) -> Layout:
-    mapping = source.columns or {}
+    mapping: Mapping[str, Any] = source.columns or {}
     # a mapped column is read as it is: the marker belongs to the layout's own column
     layouts = [replace(known, **mapping) for known in LAYOUTS.values() if not (known.marker and mapping)]
     for layout in layouts:
@@ -158,9 +161,15 @@ def read_row(number: int, row: Row, layout: Layout, gold_required: bool = True) 
         RowError: Where the prompt, the gold answer or a mapped demonstration is missing, of the wrong type or no
             text that can be encoded.
     """
-    prompt = _prompt(reach(row, layout.prompt), layout.prompt)
+    question = reach(row, layout.prompt)
+    shown: str | Mapping[str, Any] | None  # how it is done: text, or the assistant's message
+    if layout.answered:
+        column, (question, shown) = layout.prompt, _parted(question, layout.prompt)
+    else:
+        column, shown = _demonstration(row, layout)
+    prompt = _prompt(question, layout.prompt)
+    demonstration, turn = (str(shown["content"]), shown) if isinstance(shown, Mapping) else (shown, None)
     answer = reach(row, layout.answer)
-    column, demonstration = _demonstration(row, layout)
     place = layout.answer
     if layout.marker is not None and isinstance(answer, str):
         place = f"{layout.answer} after {layout.marker}"
@@ -170,13 +179,14 @@ def read_row(number: int, row: Row, layout: Layout, gold_required: bool = True) 
     gold = _gold(answer, place)
     if gold is None and gold_required:
         raise RowError(f"no gold answer in {place}")
-    said = prompt if isinstance(prompt, str) else "".join(turn["role"] + turn["content"] for turn in prompt)
-    for name, text in ((layout.prompt, said), (place, gold), (column, demonstration)):
+    said = prompt if isinstance(prompt, str) else "".join(each["role"] + each["content"] for each in prompt)
+    written = demonstration if turn is None else "".join(value for value in turn.values() if isinstance(value, str))
+    for name, text in ((layout.prompt, said), (place, gold), (column, written)):
         if any("\ud800" <= character <= "\udfff" for character in text or ""):
             raise RowError(f"{name} holds half of a surrogate pair, which is no character")
     used = {layout.prompt, layout.answer, column}
     metadata = {name: value for name, value in row.items() if name not in used}
-    return Record(number, prompt, gold or "", demonstration, metadata)
+    return Record(number, prompt, gold or "", demonstration, metadata, turn)
 
 
 def reach(row: Row, path: str) -> Any:
@@ -246,25 +256,41 @@ def _prompt(value: Any, column: str) -> str | Turns:
     return tuple(turns)
 
 
-def _demonstration(row: Row, layout: Layout) -> tuple[str | None, str | None]:
-    """The column of the demonstration and its text; both None where the row has none."""
+def _parted(value: Any, column: str) -> tuple[Any, Mapping[str, Any]]:
+    """The messages before the assistant's last, which may still be bad, and that one."""
+    value = _messages(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise RowError(f"{column} holds no chat messages, the last of which would be the demonstration")
+    *before, last = value
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        raise RowError(f"{column} does not end in an assistant message, which would be the demonstration")
+    if not before:
+        raise RowError(f"{column} has no user message before the assistant's")
+    if _last_answer([last]) is None:
+        raise RowError(f"the assistant's last message in {column} has no text to learn from")
+    return before, last
+
+
+def _demonstration(row: Row, layout: Layout) -> tuple[str, str | Mapping[str, Any] | None]:
+    """The column of the demonstration, and its text or the assistant's message; "" and None where there is none."""
     if layout.demonstration is not None:
         value = reach(row, layout.demonstration)
-        text = _last_answer(value)
-        if text is None and value is not None:
+        answer = _last_answer(value)
+        if answer is None and value is not None:
             raise RowError(f"{layout.demonstration} is of type {type(value).__name__} without an answer's text")
-        return layout.demonstration, text
+        return layout.demonstration, answer
     for column in _DEMONSTRATIONS:
         # a column that only happens to have the name, of another type, is metadata
-        if (text := _last_answer(_plain(row.get(column)))) is not None:
-            return column, text
-    return None, None
+        if (answer := _last_answer(_plain(row.get(column)))) is not None:
+            return column, answer
+    return "", None
 
 
-def _last_answer(value: Any) -> str | None:
-    """Text as it is, or the last assistant turn of chat messages."""
+def _last_answer(value: Any) -> str | Mapping[str, Any] | None:
+    """Text as it is, or the last assistant turn of chat messages; None without any text."""
     value = _messages(value)
     if isinstance(value, list):
         turns = [turn for turn in value if isinstance(turn, Mapping) and turn.get("role") == "assistant"]
-        value = turns[-1].get("content") if turns else None
-    return value if isinstance(value, str) and value.strip() else None
+        value = turns[-1] if turns else None
+    text = value.get("content") if isinstance(value, Mapping) and value.get("role") == "assistant" else value
+    return value if isinstance(text, str) and text.strip() else None

@@ -129,6 +129,13 @@ class PromptLoader:
         """The prompts at `positions`, without effect on what is drawn."""
         return self._batch(positions, visits=[0] * len(positions))
 
+    def at_random(self, count: int) -> PromptBatch:
+        """`count` prompts (or all) of the data set, the same on any number of ranks that share them; no trace."""
+        # the 2 tells this order from those of epochs and of spares
+        order = np.random.default_rng([self.seed, 0, 2]).permutation(len(self.prompts))[:count].tolist()
+        mine = order[self.rank :: self.world_size]
+        return self._batch(mine, visits=[0] * len(mine))
+
     def _batch(self, indices: Sequence[int], visits: list[int]) -> PromptBatch:
         prompts = [self.prompts[i] for i in indices]
         return PromptBatch(prompts, self.prompt_format.encode([prompt.text for prompt in prompts]), visits)

@@ -13,12 +13,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.data.curriculum import Curriculum, UniformSampling
 from sppo_lightning.data.formatting import PromptFormat, Template
-from sppo_lightning.data.layouts import RowError, read_source
+from sppo_lightning.data.layouts import Record, RowError, read_source
 from sppo_lightning.data.loader import PromptLoader
 from sppo_lightning.data.sources import PromptFile, PromptSource
 from sppo_lightning.errors import InputError
 from sppo_lightning.routing import why_unusable
 
+_NO_DEMONSTRATION = (
+    "no demonstration to learn from (a `response` or `completion` column, another that `columns` names, or the "
+    "last turn of `messages` under `layout: chat`)"
+)
 _CHUNK = 1024  # prompts tokenized at a time when their lengths are checked
 
 
@@ -118,9 +122,12 @@ class PromptDataModule(LightningDataModule):
         if stage == "fit":
             self._train_loader = self._build_train_loader(prompt_format)
         rank, world_size = self._shard()
+        # who imitates may be validated by the loss alone
+        judged = any("scores" in getattr(each, "provides", ()) for each in self._the_trainer.callbacks)  # type: ignore[attr-defined]
+        gold_required = stage != "predict" and (judged or not self._imitates)
         self._loaders["validate" if stage == "fit" else stage] = [
             PromptLoader(
-                self._load(name, source, prompt_format, gold_required=stage != "predict"),
+                self._load(name, source, prompt_format, gold_required),
                 prompt_format,
                 self.validation_batch_size,
                 rank=rank,
@@ -133,7 +140,7 @@ class PromptDataModule(LightningDataModule):
         if self.train is None:
             raise InputError("`data.train` is not set, so there is nothing to fit; give it a path or a source.")
         self.curriculum.check_module(self._the_trainer.lightning_module)
-        prompts = self._load("train", self.train, prompt_format)
+        prompts = self._load("train", self.train, prompt_format, gold_required=not self._imitates)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         # `overfit_batches` means the same batches in every epoch
         shuffle = self.shuffle and not self._the_trainer.overfit_batches  # type: ignore[attr-defined]
@@ -154,7 +161,7 @@ class PromptDataModule(LightningDataModule):
         )
 
     def _load(
-        self, name: str, source: str | PromptSource, prompt_format: PromptFormat, gold_required: bool = True
+        self, name: str, source: str | PromptSource, prompt_format: PromptFormat, gold_required: bool
     ) -> list[Prompt]:
         """The prompts of one data set that can be used and are short enough."""
         source = PromptFile(source) if isinstance(source, str) else source
@@ -163,11 +170,12 @@ class PromptDataModule(LightningDataModule):
         prompts = []
         for record in records:
             try:
-                text, turns = prompt_format.render(record.prompt, source.suffix)
+                if self._imitates and name == "train" and record.demonstration is None:
+                    raise RowError(_NO_DEMONSTRATION)
+                prompt = _formatted(record, name, source, prompt_format, self._imitates)
             except RowError as error:
                 bad.add(record.row, str(error))
                 continue
-            prompt = Prompt(text, record.gold, name, record.row, turns, record.demonstration, record.metadata)
             if gold_required and (why := why_unusable(prompt, verifiers)) is not None:
                 bad.add(record.row, why)
                 continue
@@ -249,6 +257,23 @@ class PromptDataModule(LightningDataModule):
             raise InputError("PromptDataModule takes the tokenizer from the model; give both to a Trainer.")
         return self.trainer
 
+    @property
+    def _imitates(self) -> bool:
+        """Whether the module learns from demonstrations, and from no verdict."""
+        return bool(getattr(self._the_trainer.lightning_module, "imitates", False))
+
     def _shard(self) -> tuple[int, int]:
         """Rank and world size of the data; ranks that compute a model together have prompts of their own too."""
         return self._the_trainer.global_rank, self._the_trainer.world_size
+
+
+def _formatted(
+    record: Record, dataset: str, source: PromptSource, prompt_format: PromptFormat, imitated: bool
+) -> Prompt:
+    """What the policy reads, and what it would have to write to give the row's demonstration, if `imitated`."""
+    text, turns, answer = str(record.prompt), None, record.demonstration
+    if not source.rendered:
+        text, turns = prompt_format.render(record.prompt, source.suffix)
+    if answer is not None and imitated:
+        answer = prompt_format.completion(text, turns, answer, record.turn)
+    return Prompt(text, record.gold, dataset, record.row, turns, answer, record.metadata)

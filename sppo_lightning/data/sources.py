@@ -28,6 +28,7 @@ class PromptSource(ABC):
     layout: str = "auto"  # a name from `sppo_lightning.data.layouts.LAYOUTS`, or "auto": told by the columns
     columns: Mapping[str, str] | None = None  # "prompt", "answer" or "demonstration" → the rows' own name
     suffix: str | None = None  # appended to the last user turn, instead of the data module's
+    rendered: bool = False  # whether prompts are what the policy reads: no template, suffix or system prompt
 
     @property
     @abstractmethod
@@ -46,7 +47,8 @@ class PromptFile(PromptSource):
         path: A .parquet, .jsonl, .json or .csv file, a glob that matches several of one set, a folder that
             holds one file (or numbered shards) per split, or a hub id such as `openai/gsm8k`.
         split: Which split of a folder or hub id to read; it may be left out where there is only one.
-        layout: How rows are read: `messages`, `prompt_answer`, `gsm8k` or `trl`; `auto` tells by the columns.
+        layout: How rows are read: `messages`, `prompt_answer`, `gsm8k`, `trl` or `chat`; `auto` tells by the
+            columns.
         columns: Names for data in no known layout, as in `{prompt: problem, answer: meta.gold}`: the keys are
             `prompt`, `answer` and `demonstration`, the values columns, with dots to reach into nested ones.
         limit: Read only this many rows, from the first on; all of them if left out.

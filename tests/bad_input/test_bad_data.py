@@ -53,8 +53,8 @@ OF_THE_DATA = {
     "unknown columns": (
         {},
         [{"task": "a b", "gold": "c"}] * 4,
-        "train.jsonl has the columns task, gold, which is none of the layouts messages, prompt_answer, gsm8k, trl; say "
-        "with `columns` which hold the prompt and the answer.",
+        "train.jsonl has the columns task, gold, which is none of the layouts messages, prompt_answer, gsm8k, trl, "
+        "chat; say with `columns` which hold the prompt and the answer.",
     ),
     "empty": ({}, [], "train.jsonl holds no rows; give a source with at least one prompt."),
     "over-long": (

@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from limits import no_file_above
-from tiny_run import data, sft, sppo, stages, trainer_of
+from tiny_run import ByRow, Recorder, Words, data, sft, sppo, stages, trainer_of
 from toy_pipeline import rollouts_of
 
 from sppo_lightning import SPPOModule
 from sppo_lightning.batch import Prompt, Scores
 from sppo_lightning.callbacks import CompletionLog, Verifier
 from sppo_lightning.callbacks.completion_log import learned_rows
+from sppo_lightning.data import CompletionSource, PromptDataModule
 from sppo_lightning.errors import InputError
 from sppo_lightning.experience import Experience
 
@@ -211,3 +212,24 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "log").write_text("a file")
     with pytest.raises(InputError, match=r"`CompletionLog.path`='.*log' cannot be made \(.*exists.*\)"):
         run(tmp_path)
+
+
+def test_supervised_learning_goes_on_from_the_good_ones(tmp_path: Path):
+    """Rejection-sampling fine-tuning: the prompts as the policy has read them, and what it has answered."""
+    log = CompletionLog(str(tmp_path / "log"))
+    drawn = PromptDataModule(Words(32), batch_size=32, suffix=" h")
+    reinforced = sppo(tmp_path / "tokenizer", learning_rate=0.0)
+    trainer_of([*stages(ByRow(lambda row: float(row % 2))), log], max_epochs=4).fit(reinforced, datamodule=drawn)
+    rows = [
+        row for row in read(tmp_path) if row["reward"] == 1.0 and row["finish_reason"] == "stop" and row["response"]
+    ]
+    expected = {(row["prompt"], row["response"]) for row in rows}
+    assert len(expected) > 1
+    assert all(prompt.endswith(" h") for prompt, _ in expected)
+    source = CompletionSource(str(tmp_path / "log"))
+    own = PromptDataModule(source, batch_size=len(source.rows()), suffix=" h")
+    module, recorder = sft(), Recorder()
+    trainer_of([recorder], max_epochs=8).fit(module, datamodule=own)
+    assert {(prompt.text, prompt.demonstration) for prompt in own.prompts()} == expected
+    losses = [metrics["sft/loss"] for metrics in recorder.iterations]
+    assert losses == sorted(losses, reverse=True)

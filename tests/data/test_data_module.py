@@ -301,3 +301,45 @@ def test_real_data_sets(trainer, chat_tokenizer):
         "<user> Find the sum of all integer bases $b>9$ for which $17_{b}$ is a divisor of $97_{b}$. "
         r"Please output the final answer within \boxed{}. <assistant>"
     )
+
+
+class Imitator(Reader):
+    """Learns from demonstrations."""
+
+    imitates = True
+
+
+def test_who_imitates_needs_demonstrations_and_golds_only_where_something_scores(trainer, tokenizer, write_jsonl):
+    shown = write_jsonl([{"prompt": "one", "response": "two"}, {"messages": None, "prompt": "one", "response": ""}])
+    asked = write_jsonl([{"prompt": "three"}], "asked.jsonl")
+    with pytest.raises(
+        InputError, match=r"1 unusable row, counted from 0 \(row 1: no demonstration to learn from \("
+    ):
+        trainer.fit(Imitator(tokenizer), datamodule=PromptDataModule(shown, {"asked": asked}, batch_size=1))
+    data = PromptDataModule(shown, {"asked": asked}, batch_size=1, on_bad_row="skip")
+    trainer.fit(Imitator(tokenizer), datamodule=data)
+    assert [(p.dataset, p.demonstration, p.gold) for p in data.prompts()] == [
+        ("asked", None, ""),
+        ("train", "two", ""),
+    ]
+    judged = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[NoRollouts(), MathVerifier()]
+    )
+    with pytest.raises(InputError, match="asked.jsonl has no column answer"):
+        judged.fit(
+            Imitator(tokenizer),
+            datamodule=PromptDataModule(shown, {"asked": asked}, batch_size=1, on_bad_row="skip"),
+        )
+    with pytest.raises(InputError, match=r"rows.jsonl has no column answer"):
+        trainer.fit(Reader(tokenizer), datamodule=PromptDataModule(shown, batch_size=1))
+
+
+def test_turns_are_rendered_for_who_imitates_alone(trainer, chat_tokenizer, write_jsonl):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    path = write_jsonl([{"messages": turns, "answer": "2"}])
+    found = []
+    for module in (Imitator, Reader):
+        data = PromptDataModule(path, batch_size=1)
+        trainer.fit(module(chat_tokenizer), datamodule=data)
+        found += [(prompt.text, prompt.demonstration) for prompt in data.prompts()]
+    assert found == [("<user> one <assistant>", " two"), ("<user> one <assistant>", "two")]

@@ -181,7 +181,7 @@ def test_bad_rows_are_counted_and_the_first_five_named():
             "auto",
             None,
             "rows.jsonl has the columns text, label, which is none of the layouts messages, prompt_answer, gsm8k, "
-            "trl; say with `columns` which hold the prompt and the answer.",
+            "trl, chat; say with `columns` which hold the prompt and the answer.",
         ),
         (
             {"prompt": "x", "label": "1"},
@@ -216,7 +216,7 @@ def test_bad_rows_are_counted_and_the_first_five_named():
             "gsm8",
             None,
             "`layout`=gsm8 of rows.jsonl is unknown, the nearest is gsm8k; use auto, messages, prompt_answer, gsm8k, "
-            "trl.",
+            "trl, chat.",
         ),
     ],
 )
@@ -230,3 +230,45 @@ def test_empty_data_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match=r"empty.jsonl holds no rows; give a source with at least one prompt\."):
         read_source(PromptFile(str(tmp_path / "empty.jsonl")))
+
+
+ANSWER = {"role": "assistant", "content": "42!", "reasoning_content": "six sevens"}
+
+
+def test_chat_layout_ends_in_the_demonstration():
+    row = {"messages": [SYSTEM, USER, ANSWER], "answer": 42, "level": 2}
+    for layout in ("auto", "chat"):
+        record = read_one(row, layout)
+        assert (record.prompt, record.gold) == ((SYSTEM, USER), "42")
+        assert (record.demonstration, record.turn, record.metadata) == ("42!", ANSWER, {"level": 2})
+    earlier = [USER, {"role": "assistant", "content": "no"}, USER, ANSWER]
+    record = read_one({"messages": earlier}, gold_required=False)
+    assert (record.prompt, record.demonstration, record.gold) == (tuple(earlier[:3]), "42!", "")
+
+
+def test_demonstrations_without_a_gold_answer():
+    for prompt, completion in (("6 x 7?", "42"), ([USER], [ANSWER])):
+        record = read_one({"prompt": prompt, "completion": completion}, gold_required=False)
+        assert record.prompt == (prompt if isinstance(prompt, str) else (USER,))
+        assert (record.demonstration, record.gold) == ("42" if completion == "42" else "42!", "")
+        assert record.turn == (None if completion == "42" else ANSWER)
+    assert read_one({"question": "6 x 7?", "response": "42"}, gold_required=False).demonstration == "42"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([USER], "messages does not end in an assistant message, which would be the demonstration"),
+        ([USER, "42"], "messages does not end in an assistant message, which would be the demonstration"),
+        ([USER, {"role": "assistant", "content": " "}], "the assistant's last message in messages has no text"),
+        ([USER, {"role": "assistant"}], "the assistant's last message in messages has no text to learn from"),
+        ([ANSWER], "messages has no user message before the assistant's"),
+        ([SYSTEM, ANSWER], "messages has no user message with content"),
+        ([], "messages holds no chat messages, the last of which would be the demonstration"),
+        ("so what?", "messages holds no chat messages, the last of which would be the demonstration"),
+        ([USER, {**ANSWER, "reasoning_content": "\ud800"}], "messages holds half of a surrogate pair"),
+    ],
+)
+def test_a_conversation_without_a_demonstration_has_its_reason(messages, reason):
+    with pytest.raises(RowError, match=reason):
+        read_row(0, {"messages": messages, "answer": "42"}, LAYOUTS["chat"])

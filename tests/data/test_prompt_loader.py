@@ -282,3 +282,14 @@ def test_a_checkpoint_of_the_end_of_an_epoch_goes_on_with_the_next(run, tmp_path
 
 def test_overfitting_draws_the_same_batches_in_every_epoch(run):
     assert run(max_epochs=2, overfit_batches=2) == [((0, 1), 0), ((2, 3), 0), ((0, 1), 1), ((2, 3), 1)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_prompts_at_random_are_the_same_on_any_number_of_ranks(make_loader, world_size):
+    loaders = [make_loader(12, 6, train=True, rank=rank, world_size=world_size) for rank in range(world_size)]
+    before = [loader.state_dict() for loader in loaders]
+    drawn = sorted(row for loader in loaders for row in rows(loader.at_random(5)))
+    assert drawn == sorted(np.random.default_rng([0, 0, 2]).permutation(12)[:5].tolist())
+    assert sorted(row for loader in loaders for row in rows(loader.at_random(50))) == list(range(12))
+    assert [loader.state_dict() for loader in loaders] == before
+    assert {visit for loader in loaders for visit in loader.at_random(5).visits} == {0}
