@@ -79,6 +79,7 @@ def test_each_overlay_says_here_what_it_is_known_by():
     assert {path.stem for path in OVERLAYS} == set(EXPECTED)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("warm_start")
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=[path.stem for path in OVERLAYS])

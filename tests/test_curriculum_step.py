@@ -144,6 +144,7 @@ def test_a_checkpoint_from_within_an_iteration_draws_it_again(tmp_path: Path, pr
     assert [name for name, value in first.items() if not torch.equal(value, again[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_another_number_of_ranks_goes_on_with_the_same_draws(tmp_path: Path) -> None:
     make = CURRICULA["solvability"]

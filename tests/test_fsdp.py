@@ -101,8 +101,9 @@ def cut_and_resumed(
     return whole_run, resumed
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("save_distributed_checkpoint", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("save_distributed_checkpoint", [True, False])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, save_distributed_checkpoint: bool) -> None:
     saved = {"save_distributed_checkpoint": save_distributed_checkpoint}
     for undisturbed, resumed in on_ranks(2, tmp_path, cut_and_resumed, tmp_path, **saved):
@@ -112,7 +113,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, save_distributed_
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["all weights", "lora"]
+)
 @pytest.mark.parametrize("group", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_whole_model_leaves_the_run(tmp_path: Path, adapted: bool, group: int) -> None:
     settings: dict[str, Any] = {"lora": LoRA(rank=2)} if adapted else {}

@@ -100,6 +100,7 @@ def test_a_rate_that_is_far_too_high(tmp_path: Path, recwarn: pytest.WarningsRec
     assert set(symptoms(recwarn)) >= {"the policy hardly explores any more", "there is nothing to learn from"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("sign", "metric"), [(1, "become short"), (-1, "are cut off")])
 def test_a_length_that_is_paid_for(tmp_path: Path, recwarn: pytest.WarningsRecorder, sign: int, metric: str):

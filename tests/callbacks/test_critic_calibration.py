@@ -152,6 +152,7 @@ def warned(
     return messages, [row["val/held_out/critic_brier_skill"] for row in recorder.validations]
 
 
+@pytest.mark.slow
 def test_a_critic_worse_than_the_mean_is_warned_of_once_per_crossing(tmp_path: Path) -> None:
     calibration = CriticCalibration(str(tmp_path / "picture"), every_n_validations=100)
     messages, skills = warned(tmp_path, calibration, 0, 1, 3, 4)

@@ -160,6 +160,7 @@ class Draws(Callback):
         trainer.should_stop = len(self.seen) == self.stop
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stop", [1, 3], ids=["mid-epoch", "second epoch"])
 def test_a_resumed_run_draws_the_same_spares(tmp_path: Path, stop: int):

@@ -105,7 +105,7 @@ class Notes(Callback):
         self.started = True
 
 
-@pytest.mark.parametrize("spare", [0, 1, -1, 20])
+@pytest.mark.parametrize("spare", [0, -1, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 20))])
 def test_the_micro_batch_is_the_fullest_that_may_come(spare: int):
     longest = max(noted(micro_batch_tokens=1).forwards)
     budget = 2 * longest + spare
@@ -164,6 +164,7 @@ class WrittenDown(MemoryPlan):
             raise
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_fit_ends_all(tmp_path: Path):
     module, data = make_chain_sppo(1e-2), PromptDataModule(train=ChainTask({"1-3": 1.0}, size=16), batch_size=8)
     stages = [RolloutGeneration(Sampling(max_new_tokens=8), engine=Starved()), ExactMatch(extract="whole")]

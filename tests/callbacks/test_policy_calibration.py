@@ -170,6 +170,7 @@ def resumed(folder: Path, saved: Path, **settings: Any) -> dict[str, Any]:
     return read(folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_history(tmp_path: Path) -> None:
     whole, _, _ = fit(tmp_path / "whole")
     saver = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=1, save_top_k=1, save_last=True)
@@ -228,6 +229,7 @@ def test_responses_without_answers_have_the_probability_of_all_tokens_at_most(
     assert found["response"]["token_probability"]["count"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     runs = [

@@ -97,7 +97,7 @@ def logged(trainer: Trainer) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("prefetch", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_passes_is_the_one_without_the_gate(tmp_path: Path, prefetch: int) -> None:
     class Draws(Quarter):
         """Moves the random numbers, as a verifier may."""

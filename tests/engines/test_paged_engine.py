@@ -73,6 +73,7 @@ def test_a_policy_with_adapters_is_sampled_with_them():
     assert ids(sample(PagedEngine(page_size=8), policy)) == ids(sample(HFEngine(), policy))
 
 
+@pytest.mark.slow
 def test_the_policys_own_model_is_left_alone(engine: Engine):
     """Its attention is that of the update, and changes of its weights are not seen before they are handed over."""
     policy = make_policy()
@@ -93,6 +94,7 @@ def test_under_mixed_precision_the_copy_is_in_bf16(engine: Engine):
     torch.testing.assert_close(rollouts.sampled_log_probs, own, atol=0.3, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_reader_who_stops_and_an_engine_that_is_closed(engine: Engine):
     policy, threads = make_policy(), threading.active_count()
     engine.update_weights(policy, 0)

@@ -89,6 +89,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(4, tmp_path_factory.mktemp("ranks"), on_each_rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_layers_that_are_cut_learn_what_they_do_whole(ranks: list[dict[str, Any]], case: str) -> None:
     policy = policy_of(case)
@@ -101,6 +102,7 @@ def test_layers_that_are_cut_learn_what_they_do_whole(ranks: list[dict[str, Any]
             torch.testing.assert_close(found[case][name], wanted, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.slow
 def test_a_pair_shares_the_budget_of_a_forward(ranks: list[dict[str, Any]]) -> None:
     # 9; 4 and 2; and of the other pair 3 and 3
     assert [found["groups"] for found in ranks] == [[[0], [1]], [[], [0]], [[]], [[0, 1]]]
