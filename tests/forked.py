@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from sppo_lightning.errors import InputError
+from sppo_lightning.ranks import gather_objects
+
 
 def on_ranks(
     ranks: int,
@@ -25,6 +28,20 @@ def on_ranks(
     everything = (ranks, port, folder, work, arguments, settings)
     mp.start_processes(_rank, everything, nprocs=ranks, start_method=start_method)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+class WritesDown:
+    """Of a callback: what a rank refuses, in a file of its own, before the first to refuse ends the others."""
+
+    folder: Path
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        try:
+            super().on_train_start(trainer, pl_module)  # type: ignore[misc]
+        except InputError as error:
+            (self.folder / f"{trainer.global_rank}").write_text(str(error))
+            gather_objects(None)
+            raise
 
 
 def _rank(

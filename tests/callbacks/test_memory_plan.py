@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import WritesDown
 from lightning.pytorch import Callback
 from tiny import KnowsWhatFollows, make_chain_policy, make_chain_sppo, make_trainer
 from torch.multiprocessing import ProcessRaisedException
@@ -19,7 +20,7 @@ from sppo_lightning.data import ChainTask, PromptDataModule
 from sppo_lightning.engines import Engine, HFEngine, Sampling
 from sppo_lightning.errors import InputError
 from sppo_lightning.models.loading import base_of
-from sppo_lightning.ranks import gather_objects, rank_and_ranks
+from sppo_lightning.ranks import rank_and_ranks
 from sppo_lightning.replay import CriticReplay
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
@@ -149,19 +150,11 @@ class Starved(HFEngine):
         return super().stream(batch, sampling)
 
 
-class WrittenDown(MemoryPlan):
-    """What a rank raises, before the first to raise ends the others."""
+class WrittenDown(WritesDown, MemoryPlan):
+    """What each rank raises."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        try:
-            super().on_train_start(trainer, pl_module)
-        except InputError as error:
-            (self.folder / f"{trainer.global_rank}").write_text(str(error))
-            gather_objects(None)
-            raise
 
 
 @pytest.mark.slow

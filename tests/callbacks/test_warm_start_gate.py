@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from forked import WritesDown
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_run import ByRow, FirstWord, data, sft, sppo, stages, trainer_of, weights
@@ -16,7 +17,6 @@ from sppo_lightning.batch import Rollouts
 from sppo_lightning.callbacks import RolloutGeneration, Verifier, WarmStartGate
 from sppo_lightning.engines import Sampling
 from sppo_lightning.errors import InputError
-from sppo_lightning.ranks import gather_objects
 
 ALL = 32  # training prompts of `data`
 
@@ -139,20 +139,12 @@ def test_a_resumed_run_goes_straight_on(tmp_path: Path) -> None:
     assert (trainer.global_step, len(judge.seen)) == (6, 8)
 
 
-class WrittenDown(WarmStartGate):
-    """What a rank raises, before the first to raise ends the others."""
+class WrittenDown(WritesDown, WarmStartGate):
+    """What each rank raises."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(0.3, prompts=31)
         self.folder = folder
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        try:
-            super().on_train_start(trainer, pl_module)
-        except InputError as error:
-            (self.folder / f"{trainer.global_rank}").write_text(str(error))
-            gather_objects(None)
-            raise
 
 
 def test_all_ranks_refuse_with_the_figures_of_one(tmp_path: Path) -> None:
