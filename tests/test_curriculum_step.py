@@ -89,35 +89,26 @@ def test_many_ranks_draw_what_one_does(tmp_path: Path, name: str) -> None:
             assert two[key] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
 
 
-def cut_and_resumed(folder: Path, make: Callable[[], Curriculum], prefetch: int) -> None:
-    """Two iterations and two more are four, and so are one and three, to the bit."""
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prefetch", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CURRICULA)
+def test_a_resumed_run_draws_and_learns_the_same(tmp_path: Path, name: str, prefetch: int) -> None:
+    """Two iterations and two more are four, to the bit."""
+    make = CURRICULA[name]
     for part in ("whole", "cut"):
-        (folder / part).mkdir()
-    notes = Notes(folder / "whole")
+        (tmp_path / part).mkdir()
+    notes = Notes(tmp_path / "whole")
     whole, metrics = run(1, 0, None, 8, notes, curriculum=make(), prefetch=prefetch)
-    cut = folder / "cut"
+    cut = tmp_path / "cut"
     run(1, 0, cut, 4, Notes(cut), curriculum=make(), prefetch=prefetch)
     resumed, again = run(
         1, 0, None, 8, Notes(cut), curriculum=make(), prefetch=prefetch, ckpt_path=str(cut / "1.ckpt")
     )
-    assert drawn(cut) == drawn(folder / "whole")
+    assert drawn(cut) == drawn(tmp_path / "whole")
     assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
     for name, value in metrics.items():
         if name.split("/")[0] in ("curriculum", "reward", "policy", "critic"):
             assert again[name] == pytest.approx(value, rel=0, abs=0, nan_ok=True), name
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CURRICULA)
-def test_a_resumed_run_draws_and_learns_the_same(tmp_path: Path, name: str) -> None:
-    cut_and_resumed(tmp_path, CURRICULA[name], prefetch=0)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CURRICULA)
-def test_a_resumed_run_that_samples_ahead_does_too(tmp_path: Path, name: str) -> None:
-    cut_and_resumed(tmp_path, CURRICULA[name], prefetch=1)
 
 
 class SavesWithin(Callback):

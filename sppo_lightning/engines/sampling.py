@@ -41,10 +41,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        samples, warm = (
-            self.samples_per_prompt,
-            1e-4 <= self.temperature <= 1e4,
-        )  # beyond, float32 has no logits left
+        samples = self.samples_per_prompt
+        warm = 1e-4 <= self.temperature <= 1e4  # beyond, float32 has no logits left
         checks = [
             ("temperature", self.temperature, warm or self.temperature == 0, "0 (greedy), or from 1e-4 to 1e4"),
             ("max_new_tokens", self.max_new_tokens, 1 <= self.max_new_tokens <= 2**24, "from 1 to 2**24"),
