@@ -20,7 +20,7 @@ class BestOfN(SearchEngine):
     prompt's responses.
 
     Args:
-        engine: What samples.
+        engine: What samples; that of RolloutGeneration where SearchHopeless is given the search without one.
         n: Most responses per prompt.
         at_once: Responses per prompt of one call of the engine; all `n` where left out.
         budget_tokens: Most tokens generated per prompt: a round begins only where it has room for the longest
@@ -28,7 +28,11 @@ class BestOfN(SearchEngine):
     """
 
     def __init__(
-        self, engine: Engine, n: int = 16, at_once: int | None = None, budget_tokens: int | None = None
+        self,
+        engine: Engine | None = None,
+        n: int = 16,
+        at_once: int | None = None,
+        budget_tokens: int | None = None,
     ) -> None:
         super().__init__(engine)
         for name, value in (("n", n), ("at_once", at_once), ("budget_tokens", budget_tokens)):

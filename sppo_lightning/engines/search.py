@@ -57,10 +57,10 @@ class SearchEngine(Engine):
     The judge reads prompts and gold answers, so an engine in another process goes inside, never around it.
 
     Args:
-        engine: What samples.
+        engine: What samples; set by the stage that uses the search where left out.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         if isinstance(engine, SearchEngine):
             name = type(engine).__name__
             raise InputError(
@@ -75,7 +75,7 @@ class SearchEngine(Engine):
 
     def update_weights(self, policy: CausalLMPolicy, version: int) -> None:
         """Search with these weights from now on."""
-        self.engine.update_weights(policy, version)
+        self._wrapped.update_weights(policy, version)
         self.policy, self.version = policy, version
 
     def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
@@ -86,7 +86,14 @@ class SearchEngine(Engine):
 
     def close(self) -> None:
         """Close the wrapped engine."""
-        self.engine.close()
+        if self.engine is not None:
+            self.engine.close()
+
+    @property
+    def _wrapped(self) -> Engine:
+        if self.engine is None:
+            raise InputError(f"{type(self).__name__} has no `engine` that samples; give it one, such as HFEngine.")
+        return self.engine
 
     def sample(self, batch: PromptBatch, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
         """`sampling.samples_per_prompt` continuations of each request, in one call of the wrapped engine.
@@ -105,7 +112,7 @@ class SearchEngine(Engine):
             [batch.visits[request.prompt_index] for request in requests],
         )
         answers: list[list[Response]] = [[] for _ in requests]
-        for response in sorted(self.engine.stream(prompts, sampling), key=lambda each: each.sample):
+        for response in sorted(self._wrapped.stream(prompts, sampling), key=lambda each: each.sample):
             answers[response.prompt_index].append(response)
         return answers
 

@@ -45,7 +45,7 @@ class TreeSearchEngine(SearchEngine):
     virtual loss (Chaslot 2008).
 
     Args:
-        engine: What samples.
+        engine: What samples; that of RolloutGeneration where SearchHopeless is given the search without one.
         budget_tokens: Most tokens generated per prompt, those that are thrown away included. A request begins only
             where there is room for the longest answer.
         branches: Steps drawn at once behind one prefix.
@@ -58,7 +58,7 @@ class TreeSearchEngine(SearchEngine):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | None = None,
         budget_tokens: int = 2**15,
         branches: int = 4,
         leaves: int = 4,
