@@ -41,7 +41,8 @@ class SearchHopeless(Stage):
         loss: How what is found is learned from.
         coef: Weight of the auxiliary loss; 0 learns nothing and only reports.
         compare_every_n_iterations: So often the same prompts also get independent samples with the same budget
-            (`TreeSearchEngine.budget_tokens`), for the report alone; 0 never.
+            (`TreeSearchEngine.budget_tokens`), for the report alone; 0 never. Counted from where the run starts
+            or is resumed.
     """
 
     requires = frozenset({"rollouts", "scores"})
@@ -83,20 +84,31 @@ class SearchHopeless(Stage):
         super().setup(trainer, pl_module, stage)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
-        self._generation = next(each for each in before if hasattr(each, "sampling"))
+        generations = [each for each in before if isinstance(each, RolloutGeneration)]
+        if not generations:
+            raise InputError("SearchHopeless samples as RolloutGeneration does; list RolloutGeneration before it.")
+        self._generation = generations[0]
         self._verifiers = [each for each in before if isinstance(each, Verifier) and each.role == "outcome"]
         if stage == "fit" and getattr(getattr(pl_module, "critic", None), "reads", None) != "prompt":
             raise InputError(
-                "`trainer.callbacks` lists SearchHopeless, which goes by a critic that reads prompts, and the module "
-                "has none; use sppo_lightning.models.PromptCritic, or remove SearchHopeless."
+                "`trainer.callbacks` lists SearchHopeless, which goes by a critic that reads prompts; there is none: "
+                "use sppo_lightning.models.PromptCritic, or remove SearchHopeless."
             )
         if self.search.engine is None:
-            if isinstance(self._generation, RolloutGeneration) and self._generation.prefetch:
+            if self._generation.prefetch:
                 raise InputError(
                     "`RolloutGeneration.prefetch`=1 keeps its engine busy while SearchHopeless would use it; give "
                     "`SearchHopeless.search` an `engine` of its own, or set `prefetch: 0`."
                 )
             self.search.engine = self._generation.engine
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the engine; one that is RolloutGeneration's is closed twice, which does nothing."""
+        self.search.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same; Lightning skips `teardown` after an exception."""
+        self.search.close()
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Search, report, and leave the auxiliary loss's gradient for the first update."""
@@ -109,9 +121,7 @@ class SearchHopeless(Stage):
             values = module.prompt_values(batch)
             assert values is not None
             chosen = hopeless(batch, values, self.below, self.max_prompts)
-            hard = PromptBatch(
-                *([row[i] for i in chosen] for row in (batch.prompts, batch.token_ids, batch.visits))
-            )
+            hard = batch.rows(chosen)
             found = self.search.search(hard, self._generation.sampling)
             metrics = _report(found, trainer, module, "search/")
             every = self.compare_every_n_iterations
@@ -144,8 +154,7 @@ class SearchHopeless(Stage):
 
     def _learn(self, hard: PromptBatch, found: list[Found], values: Tensor, module: SPPOModule) -> float:
         """Backward of the auxiliary loss; the loss, over all ranks."""
-        best = [(i, each.candidates[0]) for i, each in enumerate(found) if each.solved]
-        best = [(i, each) for i, each in best if each.response.finish_reason == "stop"]
+        best = successes(found)
         rollouts, excess = demonstrations(hard, best, module, self._generation.sampling.temperature or 1.0)
         advantages = rollouts.sampled_log_probs.new_tensor([each.score for _, each in best])
         advantages = advantages - values[[i for i, _ in best]].to(advantages)
@@ -179,13 +188,23 @@ def hopeless(batch: PromptBatch, values: Tensor, below: float, most: int) -> lis
     return [i for i in order if values[i] < below and i not in solved][:most]
 
 
+def successes(found: Sequence[Found]) -> list[tuple[int, Candidate]]:
+    """The first response with full marks that was not cut off, of each prompt that has one, by the prompt's row."""
+    good = (
+        [each for each in one.candidates if each.score >= 1.0 and each.response.finish_reason == "stop"]
+        for one in found
+    )
+    return [(i, row[0]) for i, row in enumerate(good) if row]
+
+
 def demonstrations(
     batch: PromptBatch, best: Sequence[tuple[int, Candidate]], module: SPPOModule, temperature: float
 ) -> tuple[Rollouts, Tensor]:
     """Found responses, by the row of their prompts, as rollouts; and their `log_excess` `[N]`, nats."""
-    rows = PromptBatch(*([row[i] for i, _ in best] for row in (batch.prompts, batch.token_ids, batch.visits)))
     ids = [each.response.token_ids for _, each in best]
-    rollouts = _packed(rows, ids, [each.response.log_probs for _, each in best], module, temperature)
+    rollouts = _packed(
+        batch.rows([i for i, _ in best]), ids, [each.response.log_probs for _, each in best], module, temperature
+    )
     return rollouts, rollouts.sampled_log_probs.new_tensor([each.log_excess for _, each in best])
 
 

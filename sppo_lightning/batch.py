@@ -219,6 +219,11 @@ class PromptBatch:
         pairs = zip(self.prompts, self.visits, strict=True)
         return [(prompt.dataset, prompt.row, visit) for prompt, visit in pairs]
 
+    def rows(self, index: Sequence[int]) -> PromptBatch:
+        """The prompts at `index`, in that order, as a new batch to which no stage has added anything."""
+        prompts, token_ids = [self.prompts[i] for i in index], [self.token_ids[i] for i in index]
+        return PromptBatch(prompts, token_ids, [self.visits[i] for i in index])
+
     def to(self, *_: Any, **__: Any) -> Self:
         """The batch itself: it holds text, and the engine puts its tensors on the right device."""
         return self

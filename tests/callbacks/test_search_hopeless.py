@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
+import chain_run
 import pytest
 import torch
 from tiny import RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
 
 from sppo_lightning.batch import Prompt, Scores
 from sppo_lightning.callbacks import RolloutGeneration, SearchHopeless, Verifier
-from sppo_lightning.callbacks.search_hopeless import hopeless
+from sppo_lightning.callbacks.search_hopeless import hopeless, successes
 from sppo_lightning.engines import BestOfN, HFEngine, Sampling, TreeSearchEngine
 from sppo_lightning.errors import InputError
 from sppo_lightning.found_losses import Demonstrations, FoundLoss, OffPolicySamples
@@ -67,9 +68,9 @@ def test_the_first_updates_gradient_has_the_auxiliary_losss(loss: FoundLoss):
     with_search, trainer = run(Says("q"), stage)
     batch, found, values = stage.kept
     assert values.tolist() == [0.5] * len(batch)
-    best = [(i, each.candidates[0]) for i, each in enumerate(found) if each.solved]
-    best = [(i, each) for i, each in best if each.response.finish_reason == "stop"]
+    best = successes(found)
     assert best
+    assert all(each.score == 1.0 and each.response.token_ids[-1] == 1 for _, each in best)
     policy, tokens = make_policy(), sum(len(each.response.token_ids) for _, each in best)
     expected = torch.zeros(())
     for i, each in best:
@@ -102,6 +103,22 @@ def test_nothing_is_searched_where_the_critic_has_hope():
     plain, _ = run(Says("q"))
     assert trainer.callback_metrics["search/prompts"] == 0
     assert all(torch.equal(module.gradients[0][name], g) for name, g in plain.gradients[0].items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("silent", [0, 2], ids=["all judged", "one rank without verdicts"])
+def test_two_processes_do_what_one_does(silent: int):
+    """Where a rank has no verdict it finds nothing, and goes along with what the other one learns from."""
+    one, two = (
+        chain_run.run(devices, silent, None, 4, SearchHopeless(BestOfN(n=32), below=1.0, coef=1.0))
+        for devices in (1, 2)
+    )
+    plain = chain_run.run(1, silent, None, 4)
+    chain_run.check_same(one, two)
+    for name in ("search/loss", "search/tokens", "search/solved_fraction"):
+        assert two[1][name] == pytest.approx(one[1][name], rel=1e-5)
+    assert one[1]["search/loss"] > 0
+    assert any((one[0][name] - plain[0][name]).abs().max() > 1e-4 for name in plain[0])
 
 
 def test_off_policy_weights_by_hand():
