@@ -91,8 +91,8 @@ class SearchHopeless(Stage):
         self._verifiers = [each for each in before if isinstance(each, Verifier) and each.role == "outcome"]
         if stage == "fit" and getattr(getattr(pl_module, "critic", None), "reads", None) != "prompt":
             raise InputError(
-                "`trainer.callbacks` lists SearchHopeless, which goes by a critic that reads prompts; there is none: "
-                "use sppo_lightning.models.PromptCritic, or remove SearchHopeless."
+                "`trainer.callbacks` lists SearchHopeless, which goes by a critic that reads prompts, but there is "
+                "none; use sppo_lightning.models.PromptCritic, or remove SearchHopeless."
             )
         if self.search.engine is None:
             if self._generation.prefetch:

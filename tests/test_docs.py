@@ -22,10 +22,13 @@ from sppo_lightning.callbacks import (
     HackingMonitor,
     LengthPenalty,
     RewardModelVerifier,
+    SearchHopeless,
     StepQuality,
 )
 from sppo_lightning.cli import command_line, main
 from sppo_lightning.collapse import CollapseLimits
+from sppo_lightning.engines import TreeSearchEngine
+from sppo_lightning.found_losses import Demonstrations
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,3 +187,10 @@ def test_the_monitors_defaults_are_those_of_the_table():
         r"\| `(\w+)`[^|]*\| ([0-9.]+) \|$", (ROOT / "docs/reward-hacking.md").read_text(), flags=re.MULTILINE
     )
     assert {name: float(value) for name, value in rows} == vars(Limits())
+
+
+def test_the_pages_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    stage = only(SearchHopeless, callbacks_built("SearchHopeless", monkeypatch, tmp_path, page="docs/search.md"))
+    assert isinstance(stage.search, TreeSearchEngine)
+    assert (stage.search.engine, stage.search.step_end, stage.below) == (None, ("\n\n",), 0.05)
+    assert isinstance(stage.loss, Demonstrations)

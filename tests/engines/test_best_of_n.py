@@ -5,12 +5,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from contract import TEXTS, ids
+from contract import TEXTS, EngineContract, ids
 from table_engine import TableEngine
 from tiny import make_batch, make_policy
 
-from sppo_lightning.engines import BestOfN, HFEngine, Sampling
+from sppo_lightning.engines import BestOfN, Engine, HFEngine, Sampling
 from sppo_lightning.errors import InputError
+
+
+class TestBestOfN(EngineContract):
+    """Where no response is better than another, the first of the `n` are what the engine within gives."""
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        search = BestOfN(HFEngine(), n=8)
+        search.judge = lambda prompts, responses: [0.0] * len(responses)
+        return search
 
 
 def coin(words: list[str]) -> Mapping[str, float]:
