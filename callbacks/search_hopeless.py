@@ -27,8 +27,10 @@ class SearchHopeless(Stage):
     What it finds is learned from in an auxiliary loss, `coef · mean over tokens of −weight · log π(y_t | …)`, whose
     gradient joins that of the iteration's first update; the module's clipping and its check of what is not finite
     hold for both. The critic never sees what was found, and `batch.rollouts` stays as it was sampled: V goes on
-    to predict the policy alone. List it after the verifiers, which are the judge: their outcome scores, by their
-    weights, of a response's text. Responses that were cut off are not learned from.
+    to predict the policy alone. Nothing is searched while the critic warms up.
+
+    List it after the verifiers, which are the judge: their outcome scores, by their weights, of a response's text;
+    their counts and seconds are then also of the search. Responses that were cut off are not learned from.
 
     Logs, over all ranks, `search/prompts`, `search/solved_fraction`, `search/tokens`,
     `search/success_per_1k_tokens`, `search/loss` and, where it compares, the same of independent samples as
@@ -112,9 +114,10 @@ class SearchHopeless(Stage):
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Search, report, and leave the auxiliary loss's gradient for the first update."""
-        if not trainer.training:
+        assert not trainer.training or isinstance(module, SPPOModule)
+        # V says nothing yet while the critic warms up, and the policy would not learn
+        if not trainer.training or "policy" not in module.moving_modules():
             return
-        assert isinstance(module, SPPOModule)
         with trainer.precision_plugin.forward_context():
             self.search.update_weights(module.policy, trainer.global_step)
             self.search.judge = lambda prompts, texts: self._judged(prompts, texts, trainer, module)

@@ -49,7 +49,7 @@ class BestOfN(SearchEngine):
         while waiting := [i for i in range(len(batch)) if self._goes_on(drawn[i], tokens[i], sampling)]:
             # all have drawn alike, and the last round may have fewer left
             count = min(self.at_once, self.n - len(drawn[waiting[0]]))
-            requests = [Request(i, [], f"{len(drawn[i])}") for i in waiting]
+            requests = [Request(i, [], f"from {len(drawn[i])}") for i in waiting]
             answers = self.sample(batch, requests, dataclasses.replace(sampling, samples_per_prompt=count))
             pairs = [(i, response) for i, row in zip(waiting, answers, strict=True) for response in row]
             scores = self.scores(

@@ -14,6 +14,7 @@ from sppo_lightning.callbacks.search_hopeless import hopeless, successes
 from sppo_lightning.engines import BestOfN, HFEngine, Sampling, TreeSearchEngine
 from sppo_lightning.errors import InputError
 from sppo_lightning.found_losses import Demonstrations, FoundLoss, OffPolicySamples
+from sppo_lightning.warmup import CriticWarmup
 
 TEXTS = ["1 + 2 =", "2 + 2 =", "9 - 4 =", "8 8"]
 
@@ -121,6 +122,11 @@ def test_two_processes_do_what_one_does(silent: int):
     assert any((one[0][name] - plain[0][name]).abs().max() > 1e-4 for name in plain[0])
 
 
+def test_nothing_is_searched_while_the_critic_warms_up():
+    _, trainer = run(Says("q"), SearchHopeless(BestOfN(n=4), below=1.0), critic_warmup=CriticWarmup(updates=5))
+    assert not [name for name in trainer.callback_metrics if name.startswith("search/")]
+
+
 def test_off_policy_weights_by_hand():
     """A response of 2 tokens, found 4 times as often as the policy says; the policy now likes it `e^0.5` as much."""
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
@@ -136,5 +142,9 @@ def test_settings_and_order_are_checked():
         SearchHopeless(below=0)
     with pytest.raises(InputError, match="`OffPolicySamples.max_weight`=0"):
         OffPolicySamples(max_weight=0)
+    ahead = RolloutGeneration(Sampling(max_new_tokens=2), prefetch=1)
+    trainer = make_trainer(ahead, Says("q"), SearchHopeless(BestOfN(n=2)))
+    with pytest.raises(InputError, match="keeps its engine busy"):
+        trainer.fit(RecordingSPPO(make_policy(), make_critic()), loader(make_batch(make_policy(), TEXTS)))
     with pytest.raises(InputError, match="SearchHopeless before Says"):
         run(SearchHopeless(BestOfN(n=2)), Says("q"))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from contract import TEXTS, EngineContract, ids
+from contract import TEXTS, EngineContract, MakePolicy, ids, sample
 from table_engine import TableEngine
 from tiny import make_batch, make_policy
 
@@ -21,6 +21,23 @@ class TestBestOfN(EngineContract):
         search = BestOfN(HFEngine(), n=8)
         search.judge = lambda prompts, responses: [0.0] * len(responses)
         return search
+
+    def test_visit_sample_and_seed_change_the_response(
+        self, engine: Engine, policy_of: MakePolicy, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The contract asks that all differ; with this noise a response of two tokens comes twice, by chance."""
+        policy = policy_of()
+        batch = make_batch(policy, TEXTS)
+        first = ids(sample(engine, policy, batch, samples_per_prompt=2))
+        assert first == ids(sample(engine, policy, batch, samples_per_prompt=2))
+        assert sum(a != b for a, b in zip(first[::2], first[1::2], strict=True)) >= 7
+        assert first[::2] == ids(sample(engine, policy, batch))
+        batch.visits = [1, *batch.visits[1:]]
+        second = ids(sample(engine, policy, batch))
+        assert second[0] != first[0]
+        assert second[1:] == first[2::2]
+        monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+        assert sum(a != b for a, b in zip(ids(sample(engine, policy, batch)), second, strict=True)) >= 7
 
 
 def coin(words: list[str]) -> Mapping[str, float]:
