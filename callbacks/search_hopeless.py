@@ -114,10 +114,11 @@ class SearchHopeless(Stage):
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Search, report, and leave the auxiliary loss's gradient for the first update."""
-        assert not trainer.training or isinstance(module, SPPOModule)
-        # V says nothing yet while the critic warms up, and the policy would not learn
-        if not trainer.training or "policy" not in module.moving_modules():
+        if not trainer.training:
             return
+        assert isinstance(module, SPPOModule)
+        if "policy" not in module.moving_modules():
+            return  # the critic warms up: V says nothing yet, and the policy would not learn
         with trainer.precision_plugin.forward_context():
             self.search.update_weights(module.policy, trainer.global_step)
             self.search.judge = lambda prompts, texts: self._judged(prompts, texts, trainer, module)
