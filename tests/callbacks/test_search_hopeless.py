@@ -127,21 +127,9 @@ def test_nothing_is_searched_while_the_critic_warms_up():
     assert not [name for name in trainer.callback_metrics if name.startswith("search/")]
 
 
-def test_off_policy_weights_by_hand():
-    """A response of 2 tokens, found 4 times as often as the policy says; the policy now likes it `e^0.5` as much."""
-    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-    sampled = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]])
-    now = torch.tensor([[-0.5, -2.0, 0.0], [-0.5, -0.5, -0.5]])
-    excess = torch.tensor([math.log(4.0), 0.0])
-    weights = OffPolicySamples(max_weight=2.0)(now, sampled, mask, torch.tensor([0.8, 0.5]), excess)
-    assert weights.tolist() == pytest.approx([0.8 * math.exp(0.5) / 4, 0.5 * 2.0])
-
-
 def test_settings_and_order_are_checked():
     with pytest.raises(InputError, match="`SearchHopeless.below`=0"):
         SearchHopeless(below=0)
-    with pytest.raises(InputError, match="`OffPolicySamples.max_weight`=0"):
-        OffPolicySamples(max_weight=0)
     ahead = RolloutGeneration(Sampling(max_new_tokens=2), prefetch=1)
     trainer = make_trainer(ahead, Says("q"), SearchHopeless(BestOfN(n=2)))
     with pytest.raises(InputError, match="keeps its engine busy"):

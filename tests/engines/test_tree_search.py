@@ -70,16 +70,16 @@ def part(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
 def test_a_rare_first_step_is_found_where_independent_samples_miss_it(policy: Any):
     """One sample in 100 succeeds, and the budget is 33 of them: by chance 1 − 0.99³³ = 28 % of the prompts.
 
-    Of 40 prompts that is 11.3, with a standard deviation of 2.85: within three of it from 3 to 19.
+    Of 120 prompts that is 33.9, with a standard deviation of 4.9: within three of it from 19 to 48.
     """
-    sampling, batch = Sampling(max_new_tokens=LONG + 20), prompts(policy, 40)
+    sampling, batch = Sampling(max_new_tokens=LONG + 20), prompts(policy, 120)
     search = tree_search(rare_first_step, policy, begins_with("b ; e"))
-    found = search.search(batch, sampling)
+    found = search.search(part(batch, range(40)), sampling)
     alone = BestOfN(TableEngine(rare_first_step, 2), n=BUDGET // LONG, at_once=1)
     alone.judge = search.judge
     alone.update_weights(policy, 3)
     independent = alone.search(batch, sampling)
-    assert 3 <= sum(each.solved for each in independent) <= 19
+    assert 19 <= sum(each.solved for each in independent) <= 48
     assert sum(each.solved for each in found) > 20
     assert success_per_1k_tokens(found) > 2 * success_per_1k_tokens(independent)
     assert max(each.tokens for each in found) <= BUDGET
