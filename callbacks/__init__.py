@@ -23,6 +23,7 @@ from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.run_summary import RunSummary
 from sppo_lightning.callbacks.sample_log import SampleLog
 from sppo_lightning.callbacks.sampler_parity import SamplerParity
+from sppo_lightning.callbacks.search_hopeless import SearchHopeless
 from sppo_lightning.callbacks.step_quality import StepQuality
 from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.callbacks.warm_start_gate import WarmStartGate
@@ -51,6 +52,7 @@ __all__ = [
     "RunSummary",
     "SampleLog",
     "SamplerParity",
+    "SearchHopeless",
     "StepQuality",
     "Verifier",
     "WarmStartGate",

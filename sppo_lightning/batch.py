@@ -213,11 +213,6 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def rows(self, index: Sequence[int]) -> PromptBatch:
-        """The prompts at `index`, in that order, as a new batch without responses."""
-        token_ids, visits = [self.token_ids[i] for i in index], [self.visits[i] for i in index]
-        return PromptBatch([self.prompts[i] for i in index], token_ids, visits)
-
     @property
     def upcoming(self) -> PromptBatch | None:
         """The batch that follows, which is drawn when it is asked for; None where a loader does not know it."""
@@ -228,6 +223,11 @@ class PromptBatch:
         """What tells each prompt's responses from all others of the run: data set, row and visit."""
         pairs = zip(self.prompts, self.visits, strict=True)
         return [(prompt.dataset, prompt.row, visit) for prompt, visit in pairs]
+
+    def rows(self, index: Sequence[int]) -> PromptBatch:
+        """The prompts at `index`, in that order, as a new batch to which no stage has added anything."""
+        prompts, token_ids = [self.prompts[i] for i in index], [self.token_ids[i] for i in index]
+        return PromptBatch(prompts, token_ids, [self.visits[i] for i in index])
 
     def to(self, *_: Any, **__: Any) -> Self:
         """The batch itself: it holds text, and the engine puts its tensors on the right device."""

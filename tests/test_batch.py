@@ -201,3 +201,12 @@ def test_a_prompt_batch_stays_where_it_is():
     assert len(batch) == 1
     assert batch.to(torch.device("meta")) is batch
     assert batch.rollouts is batch.greedy_rollouts is None
+
+
+def test_rows_of_a_batch_are_a_new_batch_without_what_stages_added():
+    prompts = [Prompt("a", "1", "sums", 0), Prompt("b", "2", "sums", 1)]
+    batch = PromptBatch(prompts, [[7], [8, 9]], [0, 3])
+    batch.rollouts = rollouts()
+    picked = batch.rows([1])
+    assert (picked.prompts, picked.token_ids, picked.visits, picked.rollouts) == ([prompts[1]], [[8, 9]], [3], None)
+    assert len(batch.rows([])) == 0

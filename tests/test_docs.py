@@ -29,11 +29,14 @@ from sppo_lightning.callbacks import (
     LengthPenalty,
     PolicyCalibration,
     RewardModelVerifier,
+    SearchHopeless,
     StepQuality,
 )
 from sppo_lightning.cli import command_line, main
 from sppo_lightning.collapse import CollapseLimits
 from sppo_lightning.data import PassRateCurriculum, SolvabilityCurriculum, StagedCurriculum
+from sppo_lightning.engines import TreeSearchEngine
+from sppo_lightning.found_losses import Demonstrations
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,3 +268,10 @@ def test_the_warm_start_from_the_first_step_to_the_last(
     again = ["--model.policy.pretrained=runs/warm/model", "--trainer.max_steps=1"]
     main(["fit", "--config", "warm_start.yaml", "--config", "reject.yaml", *quick, *again])
     assert Path("runs/rejection/model/model.safetensors").is_file()
+
+
+def test_the_pages_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    stage = only(SearchHopeless, callbacks_built("SearchHopeless", monkeypatch, tmp_path, page="docs/search.md"))
+    assert isinstance(stage.search, TreeSearchEngine)
+    assert (stage.search.engine, stage.search.step_end, stage.below) == (None, ("\n\n",), 0.05)
+    assert isinstance(stage.loss, Demonstrations)
