@@ -235,7 +235,8 @@ def test_the_critic_scores_all_prompts_with_its_present_weights(tmp_path: Path) 
 
 
 def test_stages_advance_in_a_run(tmp_path: Path) -> None:
-    curriculum = StagedCurriculum("operations", stages=2, threshold=0.05, min_iterations=2, earlier_share=0.25)
+    settings = {"threshold": 0.05, "min_iterations": 2, "ramp_iterations": 0, "earlier_share": 0.25}
+    curriculum = StagedCurriculum("operations", stages=2, **settings)
     notes, _, data = fated(curriculum, tmp_path, 6)
     stages = [logged["stage"] for logged in notes.logged]
     assert stages == sorted(stages)

@@ -19,6 +19,9 @@ class ChainTask(PromptSource):
     The prompt `9 a +3 b +1 ;` is answered by `a 9 +3 = 2 b 2 +1 = 3 ; \boxed{ 3 }`: each step copies its
     label, recalls the running value, copies the operation and computes. Prompts of the two splits are disjoint.
 
+    With `answer: solution` nothing but the whole worked solution is right, so the chance of an answer by luck falls
+    with every step: a reward as sparse as one likes. Verify it with `ExactMatch(extract="whole")`.
+
     With `slips`, the worked solutions are a careless pupil's: `slips: {3: 0.6}` has 6 in 10 of the steps `+3` come
     out one too low, and go on from there. Whoever imitates them makes the same mistakes; answers are always right.
 
@@ -30,6 +33,7 @@ class ChainTask(PromptSource):
         max_operand: Operands are drawn from 1 to this, at most 9; more of them take longer to learn.
         demonstrations: Give every prompt its worked solution, for the supervised warm start.
         slips: Chance, by operand, that a worked solution gets a step with it wrong.
+        answer: What is right: the last `value`, or the whole `solution`.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class ChainTask(PromptSource):
         max_operand: int = 3,
         demonstrations: bool = False,
         slips: dict[int, float] | None = None,
+        answer: Literal["value", "solution"] = "value",
     ) -> None:
         self.ranges = [_parse_range(text) for text in operations]
         self.shares = list(operations.values())
@@ -50,6 +55,7 @@ class ChainTask(PromptSource):
         self.max_operand = max_operand
         self.demonstrations = demonstrations
         self.slips = slips or {}
+        self.answer = answer
         if any(not 0 <= chance <= 1 for chance in self.slips.values()):
             raise InputError(f"`slips`={self.slips} of ChainTask holds what is no chance; use numbers from 0 to 1.")
         if not 1 <= max_operand <= 9:
@@ -80,20 +86,25 @@ class ChainTask(PromptSource):
 
     def _chain(self, rng: random.Random, operations: int) -> dict[str, Any]:
         true = written = rng.randrange(10)
-        prompt, steps = [str(true)], []
+        prompt, steps, solution = [str(true)], [], []
         for label in sorted(rng.sample(LABELS, operations)):
             operand = rng.randint(1, self.max_operand)
             slip = int(rng.random() < self.slips[operand]) if operand in self.slips else 0
             prompt += [label, f"+{operand}"]
-            steps += [label, str(written), f"+{operand}", "="]
+            before = true, written
             true, written = (true + operand) % 10, (written + operand - slip) % 10
-            steps.append(str(written))
+            solution += [label, str(before[0]), f"+{operand}", "=", str(true)]
+            steps += [label, str(before[1]), f"+{operand}", "=", str(written)]
         return {
             "prompt": " ".join([*prompt, ";"]),
-            "answer": str(true),
-            "demonstration": " ".join([*steps, ";", r"\boxed{", str(written), "}"]),
+            "answer": str(true) if self.answer == "value" else _worked(solution),
+            "demonstration": _worked(steps),
             "operations": operations,
         }
+
+
+def _worked(steps: list[str]) -> str:
+    return " ".join([*steps, ";", r"\boxed{", steps[-1], "}"])
 
 
 def _split_of(prompt: str) -> str:

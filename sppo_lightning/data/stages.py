@@ -16,7 +16,8 @@ class StagedCurriculum(WeightedCurriculum):
     """Draws from the easiest prompts first, and from the next stage's once the present ones are mastered.
 
     Prompts of later stages do not come; those of earlier ones keep a share. The pass rate that decides is a running
-    mean over the responses to prompts of the present stage, since it began.
+    mean over the responses to prompts of the present stage, since it began. A stage's share rises step by step: on
+    prompts that are suddenly all harder than any before, V is too high, so every response would be pushed down.
 
     Args:
         column: The column of the data with each prompt's difficulty, a number; the prompt's length in characters
@@ -24,6 +25,7 @@ class StagedCurriculum(WeightedCurriculum):
         stages: How many; of as equal sizes as prompts of the same difficulty allow, which stay together.
         threshold: The pass rate above which the next stage begins.
         min_iterations: Iterations that a stage lasts at least.
+        ramp_iterations: Iterations until a new stage has its whole share; 0 gives it at once.
         earlier_share: The share of the draws that is spread evenly over the earlier stages' prompts.
         running_decay: What is left of the pass rate's sums after an iteration.
     """
@@ -36,6 +38,7 @@ class StagedCurriculum(WeightedCurriculum):
         stages: int = 4,
         threshold: float = 0.7,
         min_iterations: int = 5,
+        ramp_iterations: int = 10,
         earlier_share: float = 0.2,
         running_decay: float = 0.9,
     ) -> None:
@@ -48,10 +51,13 @@ class StagedCurriculum(WeightedCurriculum):
         check_share(self, "earlier_share", earlier_share, "the share of the stages before, such as 0.2")
         check_share(self, "running_decay", running_decay, "what is left after an iteration, such as 0.9")
         check_positive(self, "min_iterations", min_iterations, "1 or more, such as 5")
+        if ramp_iterations < 0:
+            raise InputError(f"`StagedCurriculum.ramp_iterations`={ramp_iterations} is below 0; use 0 or more.")
         self.column = column
         self.stages = stages
         self.threshold = threshold
         self.min_iterations = min_iterations
+        self.ramp_iterations = ramp_iterations
         self.earlier_share = earlier_share
         self.running_decay = running_decay
 
@@ -75,7 +81,8 @@ class StagedCurriculum(WeightedCurriculum):
     def probabilities(self) -> np.ndarray:
         """`[P]`: even within the stage, within the earlier stages together, and 0 in the later ones."""
         present, earlier = self.stage_of == self.stage, self.stage_of < self.stage
-        share = self.earlier_share if self.stage else 0.0
+        risen = min(1.0, (self.stage_iterations + 1) / (self.ramp_iterations + 1))
+        share = 1 - risen * (1 - self.earlier_share) if self.stage else 0.0
         return (1 - share) * present / present.sum() + share * earlier / max(earlier.sum(), 1)
 
     def observe(self, positions: np.ndarray, rewards: np.ndarray) -> None:

@@ -32,13 +32,24 @@ def test_without_a_column_the_length_decides():
 
 
 def test_earlier_stages_keep_a_share_and_later_ones_wait():
-    curriculum = staged(earlier_share=0.3)
+    curriculum = staged(earlier_share=0.3, ramp_iterations=0)
     assert curriculum.probabilities() == pytest.approx([0, 1 / 4, 0, 1 / 4, 0, 0, 1 / 4, 0, 0, 1 / 4])
     assert all(set(curriculum.draw(2, 0, batch)) <= {1, 3, 6, 9} for batch in range(50))
     curriculum.stage = 2
     own, earlier = 0.7 / 3, 0.3 / 7
     expected = [own, *[earlier] * 3, own, *[earlier] * 3, own, earlier]
     assert curriculum.probabilities() == pytest.approx(expected)
+
+
+def test_a_new_stage_comes_by_and_by():
+    curriculum = staged(earlier_share=0.2, ramp_iterations=3, min_iterations=1, threshold=0.5)
+    assert curriculum.probabilities()[[0, 1]] == pytest.approx([0, 1 / 4])  # the first has no stage before it
+    observe(curriculum, (1, 1.0))
+    shares = []
+    for _ in range(5):
+        shares.append(curriculum.probabilities()[curriculum.stage_of == 1].sum())
+        observe(curriculum, (2, 0.0))
+    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
 
 
 def test_a_stage_advances_when_its_running_pass_rate_is_above_the_threshold():
@@ -117,6 +128,7 @@ def test_stages_that_fill_no_batch(batch_size: int, stages: int, sizes: str):
         ("earlier_share", 0.0, "does not lie between 0 and 1; use the share of the stages before, such as 0.2."),
         ("running_decay", 1.5, "does not lie between 0 and 1; use what is left after an iteration, such as 0.9."),
         ("min_iterations", 0, "is not above 0; use 1 or more, such as 5."),
+        ("ramp_iterations", -1, "is below 0; use 0 or more."),
     ],
 )
 def test_settings_that_cannot_be_used(name: str, value: float, words: str):
