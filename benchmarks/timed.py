@@ -1,15 +1,20 @@
-"""Callbacks of runs that are compared by the clock: a budget of training time, and the critic's share of it."""
+"""Callbacks of runs that are compared: a budget of training time or of tokens, and the critic's share of it."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sppo_lightning.callbacks import RunSummary
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.callbacks import RolloutGeneration, RunSummary
+from sppo_lightning.engines import HFEngine, Sampling
+from sppo_lightning.engines.engine import Response
+from sppo_lightning.evaluation import by_dataset
 from sppo_lightning.memory import peak_memory
 from sppo_lightning.resuming import validate_in_fit
 
@@ -123,3 +128,80 @@ class TrainingMemory(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self.path.write_text(json.dumps(self.megabytes))
+
+
+class CountingEngine(HFEngine):
+    """HFEngine that counts the tokens that it generates, whatever they are for."""
+
+    tokens = 0
+
+    def stream(self, batch: PromptBatch, sampling: Sampling) -> Iterator[Response]:
+        """See `Engine.stream`."""
+        for response in super().stream(batch, sampling):
+            self.tokens += len(response.token_ids)
+            yield response
+
+
+class TokenClock(Callback):
+    """Validates every so many tokens that training has generated, and ends the run after `tokens` of them.
+
+    All tokens count, those of searches and of extra samples too, and those of validations do not. It stands behind
+    RunSummary, whose clock it reads, and needs a CountingEngine. When `fit` ends it writes each validation's
+    iteration, seconds, tokens and accuracy by data set to a JSON file.
+
+    Args:
+        tokens: Generated in training, after which the run ends.
+        every_tokens: From one validation to the next.
+        enough: Accuracy on the last validation set at which it ends sooner.
+        path: The file.
+    """
+
+    def __init__(self, tokens: int, every_tokens: int, enough: float, path: str = "progress.json") -> None:
+        self.budget = tokens
+        self.every_tokens = every_tokens
+        self.enough = enough
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        self.iterations = 0
+        self._not_training = 0  # tokens of validations
+        self._before = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find what is read."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        [self._summary] = [each for each in callbacks if isinstance(each, RunSummary)]
+        self._engine: Any
+        [self._engine] = [each.engine for each in callbacks if isinstance(each, RolloutGeneration)]
+
+    @property
+    def generated(self) -> int:
+        """Tokens, in training."""
+        return self._engine.tokens - self._not_training
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was generated before."""
+        self._before = self._engine.tokens
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the validation has shown."""
+        self._not_training += self._engine.tokens - self._before
+        accuracy = by_dataset(trainer.callback_metrics, r"avg@\d+")
+        seconds = self._summary.training_seconds
+        row = {"iteration": self.iterations, "seconds": seconds, "tokens": self.generated}
+        self.rows.append({**row, "accuracy": {name: float(value) for name, value in accuracy.items()}})
+        [*_, hardest] = trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        trainer.should_stop |= self.iterations > 0 and float(accuracy[hardest]) >= self.enough
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the counter; RunSummary validates once more at the end."""
+        self.iterations += 1
+        if self.generated >= self.budget:
+            trainer.should_stop = True
+        elif self.generated >= len(self.rows) * self.every_tokens:
+            validate_in_fit(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        self.path.write_text(json.dumps(self.rows))

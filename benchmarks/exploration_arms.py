@@ -1,0 +1,124 @@
+"""What the benchmark of exploration compares, and how one run of it is started."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from race_runs import QUICKSTART, fit, warm_model
+
+from sppo_lightning.config_files import merge, read
+
+BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations, the hardest last
+MIX = {"2-4": 0.05, "5-7": 0.1, "8-10": 0.85}  # most prompts are beyond the warm-started model
+LONGEST = 66  # tokens; a worked solution has five per operation and five behind them, the end included
+STEP = 5  # tokens of a step, such as `a 9 +3 = 2`
+
+
+def component(name: str, **settings: Any) -> dict[str, Any]:
+    """A component of a config."""
+    return {"class_path": f"sppo_lightning.{name}", "init_args": settings}
+
+
+def stages(*callbacks: Mapping[str, Any]) -> dict[str, Any]:
+    """An overlay with more callbacks."""
+    return {"trainer": {"callbacks": list(callbacks)}}
+
+
+def curriculum(name: str, **settings: Any) -> dict[str, Any]:
+    """An overlay with a curriculum."""
+    return {"data": {"init_args": {"curriculum": component(f"data.{name}", **settings)}}}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to meet prompts that are hardly ever solved: an overlay on the common config."""
+
+    name: str
+    overlay: Mapping[str, Any] = field(default_factory=dict)
+
+
+STAGED = curriculum("StagedCurriculum", column="operations", stages=3)
+SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5)
+
+ARMS = (
+    Arm("uniform"),
+    Arm("staged", STAGED),
+    Arm("pass rate", curriculum("PassRateCurriculum")),
+    Arm("solvability", SOLVABILITY),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm from one warm start."""
+
+    arm: Arm
+    seed: int
+    tokens: int  # generated, after which it ends
+    every_tokens: int  # from one validation to the next
+    enough: float  # accuracy on the hardest band at which it ends sooner
+
+    @property
+    def folder(self) -> Path:
+        """Where its results go, below the benchmark's folder."""
+        return Path(f"{self.arm.name.replace(' ', '_')}/seed{self.seed}_{self.tokens}")
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """The quickstart's config, the benchmark's task and settings, and the arm's overlay."""
+        base: Any = read(str(QUICKSTART / "sppo.yaml"))
+        data = base["data"]["init_args"]
+        data["validation"] = {
+            name: component("data.ChainTask", operations={band: 1}, size=48, split="validation", answer="solution")
+            for name, band in BANDS.items()
+        }
+        data["train"]["init_args"] |= {"operations": MIX, "size": 2000, "answer": "solution"}
+        unwanted = ("SampleLog", "Checkpoint", "CriticCalibration", "RichProgress", "HFExport")
+        callbacks = [c for c in base["trainer"]["callbacks"] if not c["class_path"].endswith(unwanted)]
+        base["trainer"] |= {"max_time": "00:00:30:00", "logger": False, "callbacks": callbacks}
+        common = {
+            "seed_everything": self.seed,
+            "model": {
+                "init_args": {
+                    "policy_optimizer": {"lr": 6e-4, "warmup_updates": 5},
+                    "critic_optimizer": {"lr": 1e-3, "warmup_updates": 0},
+                    "critic_warmup": component("warmup.CriticWarmup", updates=10),
+                    "mini_batch_size": 64,
+                }
+            },
+            "data": {"init_args": {"batch_size": 128}},
+            **stages(
+                component("callbacks.InitialValidation", min_pass_rate=0.0, metric=None),
+                component(
+                    "callbacks.RolloutGeneration",
+                    engine={"class_path": "timed.CountingEngine"},
+                    sampling={"max_new_tokens": LONGEST},
+                    validation={"samples_per_prompt": 4, "max_new_tokens": LONGEST},
+                    validation_greedy=False,
+                ),
+                component("callbacks.ExactMatch", extract="whole"),
+                component("callbacks.RunSummary", path=".", title=self.arm.name),
+            ),
+        }
+        clock = {"tokens": self.tokens, "every_tokens": self.every_tokens, "enough": self.enough}
+        last = stages({"class_path": "timed.TokenClock", "init_args": clock})
+        merged = merge([base, common, self.arm.overlay, last])
+        model = str(warm_model(folder.resolve(), self.seed))
+        return yaml.safe_load(yaml.safe_dump(merged).replace("runs/quickstart/warm_start/model", model))
+
+    def start(self, folder: Path) -> None:
+        """The run, unless its results are there."""
+        target = folder / self.folder
+        if (target / "progress.json").exists():
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        (target / "config.yaml").write_text(yaml.safe_dump(self.config(folder)))
+        start = time.perf_counter()
+        fit(target / "config.yaml", target)
+        print(f"{self.folder}: {time.perf_counter() - start:.0f} s", flush=True)
