@@ -14,7 +14,8 @@ from race_runs import QUICKSTART, fit, warm_model
 
 from sppo_lightning.config_files import merge, read
 
-BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations, the hardest last
+BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations
+HARDEST = "long"
 MIX = {"2-4": 0.05, "5-7": 0.1, "8-10": 0.85}  # most prompts are beyond the warm-started model
 LONGEST = 66  # tokens; a worked solution has five per operation and five behind them, the end included
 STEP = 5  # tokens of a step, such as `a 9 +3 = 2`
@@ -86,8 +87,10 @@ class Run:
             "model": {
                 "init_args": {
                     "policy_optimizer": {"lr": 6e-4, "warmup_updates": 5},
-                    "critic_optimizer": {"lr": 1e-3, "warmup_updates": 0},
-                    "critic_warmup": component("warmup.CriticWarmup", updates=10),
+                    "critic_optimizer": {"lr": 3e-3, "warmup_updates": 0},
+                    "critic_warmup": component(
+                        "warmup.CriticWarmup", updates=10, min_brier_skill=0.0, max_updates=60
+                    ),
                     "mini_batch_size": 64,
                 }
             },
@@ -105,7 +108,8 @@ class Run:
                 component("callbacks.RunSummary", path=".", title=self.arm.name),
             ),
         }
-        clock = {"tokens": self.tokens, "every_tokens": self.every_tokens, "enough": self.enough}
+        clock: dict[str, Any] = {"tokens": self.tokens, "every_tokens": self.every_tokens}
+        clock |= {"enough": self.enough, "hardest": HARDEST}
         last = stages({"class_path": "timed.TokenClock", "init_args": clock})
         merged = merge([base, common, self.arm.overlay, last])
         model = str(warm_model(folder.resolve(), self.seed))
@@ -114,7 +118,7 @@ class Run:
     def start(self, folder: Path) -> None:
         """The run, unless its results are there."""
         target = folder / self.folder
-        if (target / "progress.json").exists():
+        if (target / "summary.json").exists():
             return
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from exploration_arms import BANDS
+from exploration_arms import BANDS, HARDEST
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -20,7 +20,6 @@ from sppo_lightning.figures.race import STYLES
 from sppo_lightning.figures.style import percent, tidy
 
 GOAL = 0.5  # accuracy on the hardest band
-HARDEST = [*BANDS][-1]
 AXES = {"tokens": "generated tokens", "seconds": "training time (s), validation left out"}
 Rows = Sequence[Mapping[str, Any]]  # a run's validations, as `timed.TokenClock` writes them
 

@@ -146,20 +146,24 @@ class TokenClock(Callback):
     """Validates every so many tokens that training has generated, and ends the run after `tokens` of them.
 
     All tokens count, those of searches and of extra samples too, and those of validations do not. It stands behind
-    RunSummary, whose clock it reads, and needs a CountingEngine. When `fit` ends it writes each validation's
-    iteration, seconds, tokens and accuracy by data set to a JSON file.
+    RunSummary, whose clock it reads, and needs a CountingEngine. Each validation's iteration, seconds, tokens and
+    accuracy by data set are written to a JSON file.
 
     Args:
         tokens: Generated in training, after which the run ends.
         every_tokens: From one validation to the next.
-        enough: Accuracy on the last validation set at which it ends sooner.
+        enough: Accuracy on the validation set `hardest` at which it ends sooner.
+        hardest: Its name.
         path: The file.
     """
 
-    def __init__(self, tokens: int, every_tokens: int, enough: float, path: str = "progress.json") -> None:
+    def __init__(
+        self, tokens: int, every_tokens: int, enough: float, hardest: str, path: str = "progress.json"
+    ) -> None:
         self.budget = tokens
         self.every_tokens = every_tokens
         self.enough = enough
+        self.hardest = hardest
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
         self.iterations = 0
@@ -188,9 +192,9 @@ class TokenClock(Callback):
         accuracy = by_dataset(trainer.callback_metrics, r"avg@\d+")
         seconds = self._summary.training_seconds
         row = {"iteration": self.iterations, "seconds": seconds, "tokens": self.generated}
-        self.rows.append({**row, "accuracy": {name: float(value) for name, value in accuracy.items()}})
-        [*_, hardest] = trainer.datamodule.validation_names  # type: ignore[attr-defined]
-        trainer.should_stop |= self.iterations > 0 and float(accuracy[hardest]) >= self.enough
+        self.rows.append({**row, "accuracy": accuracy})
+        trainer.should_stop |= self.iterations > 0 and accuracy[self.hardest] >= self.enough
+        self.path.write_text(json.dumps(self.rows))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -201,7 +205,3 @@ class TokenClock(Callback):
             trainer.should_stop = True
         elif self.generated >= len(self.rows) * self.every_tokens:
             validate_in_fit(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        self.path.write_text(json.dumps(self.rows))
