@@ -32,7 +32,7 @@ class PromptRecords:
         return self.rewards / self.responses if self.responses else 0.5
 
     def mean(self, key: Key, prior: float | None = None) -> float:
-        """Posterior mean `(k·p + s) / (k + n)` under the prior Beta(k·p, k·(1 − p)); by default p is the running mean."""
+        """Posterior mean `(k·p + s) / (k + n)`, prior Beta(k·p, k·(1 − p)); p is the running mean by default."""
         successes, responses = self.sums.get(key, (0.0, 0.0))
         prior = self.running_mean if prior is None else prior
         return (self.prior_strength * prior + successes) / (self.prior_strength + responses)
