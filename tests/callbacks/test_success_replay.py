@@ -104,9 +104,9 @@ def test_successes_are_kept_while_their_prompts_record_is_low():
 
 
 def test_the_first_update_of_an_iteration_learns_from_what_is_drawn():
-    """Each turn has two updates; at ages of one and two iterations with a half life of two."""
+    """Each turn has two updates. Shares are powers of 2, since the model's norms round to float32."""
     turns = [{**WRONG, "1 + 2 =": ["q <eos>"], "8 8": ["8 q <eos>"]}, WRONG, WRONG]
-    stage = Watched(below=0.9, loss=UNTRUNCATED, coef=0.5, half_life_iterations=2.0)
+    stage = Watched(below=0.9, loss=UNTRUNCATED, coef=0.5, half_life_iterations=1.0)
     joined, recorder = fit(stage, *turns, mini_batch_size=2)
     alone, _ = fit(None, *turns, mini_batch_size=2)
     policy = make_policy().double()
@@ -116,7 +116,7 @@ def test_the_first_update_of_an_iteration_learns_from_what_is_drawn():
     weights = [0.5 * float((row.detach() + tokens).exp()) for row, tokens in zip(own, (2, 3), strict=True)]
     loss = -sum(weight * row for weight, row in zip(weights, own, strict=True)) / 5
     gradients = torch.autograd.grad(loss, list(policy.parameters()))
-    for iteration, share in enumerate([0.0, 0.5**0.5, 0.5]):
+    for iteration, share in enumerate([0.0, 0.5, 0.25]):
         for (name, _), gradient in zip(policy.named_parameters(), gradients, strict=True):
             first, second = (
                 joined.gradients[i][f"policy.{name}"] - alone.gradients[i][f"policy.{name}"]
@@ -169,7 +169,7 @@ def test_what_is_skipped_is_not_kept_and_takes_the_replay_with_it(tmp_path: Path
     module, _ = fit(stage, *turns, objective=Breaks(0, 2), **settings)  # the first update of both iterations
     plain, _ = fit(None, *turns, objective=Breaks(), **settings)
     assert [success.prompt.row for success in stage.watched[0]] == [2, 3]
-    assert stage.records.sums.keys() == {("sums", 0), ("sums", 1), ("sums", 2), ("sums", 3)}
+    assert stage.records.sums.keys() == {("sums", 2), ("sums", 3)}
     assert stage.records.responses == pytest.approx(0.9 * 2 + 2)
     for name, gradient in plain.gradients[3].items():
         assert torch.equal(module.gradients[3][name], gradient), name
@@ -221,7 +221,7 @@ def test_what_a_search_finds_is_learned_from_again():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("silent", "rows"), [(0, 5), (2, 1)], ids=["uneven shares", "one rank has none"])
+@pytest.mark.parametrize(("silent", "rows"), [(0, 3), (2, 1)], ids=["uneven shares", "one rank has none"])
 def test_two_processes_do_what_one_does(silent: int, rows: int):
     one, two = (
         chain_run.run(devices, silent, None, 8, SuccessReplay(below=1.0, rows=rows, coef=1.0)) for devices in (1, 2)
@@ -266,12 +266,11 @@ def test_rounds_of_dynamic_sampling_replay_once(tmp_path: Path):
             self.calls += 1
             return super()._values(*arguments)
 
-    stage = Counts(below=1.0)
-    script = Scripted(dict.fromkeys(range(4, 8), BAD), rest=GOOD)
-    spares = GivesSpares([9, 8, 10, 11, 12, 13])
-    recorder = fit_script(tmp_path, spares, script, stage, DynamicSampling(max_rounds=2), limit_train_batches=2)
-    assert recorder.iterations[1]["rollout/sampling_rounds"] == 1
-    assert stage.calls == 1
+    stage, script = Counts(below=1.0), Scripted(dict.fromkeys(range(4), BAD), rest=GOOD)
+    stage.store.add([Success(Prompt("a b", "a", "words", 9), [3, 4], [3, 1], [-1.0, -1.0], 1.0)])
+    recorder = fit_script(tmp_path, GivesSpares([9, 8, 10, 11]), script, stage, DynamicSampling())
+    assert recorder.iterations[0]["rollout/sampling_rounds"] == 1
+    assert stage.calls == recorder.iterations[0]["replay/rows"] == 1
 
 
 def test_settings_and_order_are_checked():
