@@ -9,6 +9,8 @@ from typing import Any
 import chain_run
 import pytest
 import torch
+from forked import on_ranks
+from lightning.pytorch.strategies import ModelParallelStrategy
 from scripted_run import BAD, GOOD, GivesSpares, Scripted
 from scripted_run import fit as fit_script
 from tiny import EvenRows, Recites, RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
@@ -233,6 +235,20 @@ def test_two_processes_do_what_one_does(silent: int, rows: int):
     assert one[1]["replay/rows"] == rows
     assert {name: two[1][name] for name in names} == pytest.approx({name: one[1][name] for name in names}, rel=1e-5)
     assert any((one[0][name] - plain[0][name]).abs().max() > 1e-4 for name in plain[0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("group", [1, 2], ids=["sharded", "cut over both"])
+@pytest.mark.parametrize("rows", [3, 1])
+def test_models_spread_over_two_processes_do_what_whole_ones_do(tmp_path: Path, group: int, rows: int):
+    strategy = ModelParallelStrategy(tensor_parallel_size=group)
+    stage = SuccessReplay(below=1.0, rows=rows, coef=1.0)
+    both = on_ranks(2, tmp_path, chain_run.run, 2, 0, None, 8, stage, strategy=strategy)
+    one = chain_run.run(1, 0, None, 8, SuccessReplay(below=1.0, rows=rows, coef=1.0))
+    for found in both:
+        chain_run.check_same(one, found)
+        assert found[1]["replay/loss"] == pytest.approx(one[1]["replay/loss"], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
