@@ -125,7 +125,7 @@ class SuccessReplay(Stage):
     def _values(self, successes: Sequence[Success], module: SPPOModule) -> Tensor:
         """The chance of each one's prompt now, `[M]`: the critic's, or else what is on record."""
         if module.critic is None or module.critic.reads != "prompt":
-            return torch.tensor([self.records.mean(success.key) for success in successes])
+            return torch.tensor([self.records.mean(success.key) for success in successes], dtype=torch.float64)
         prompts, ids = [each.prompt for each in successes], [[*each.prompt_ids] for each in successes]
         values = module.prompt_values(PromptBatch(prompts, ids, [0 for _ in successes]))
         assert values is not None

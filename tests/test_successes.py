@@ -35,7 +35,9 @@ class Learns(Stage):
         assert isinstance(module, RecordingSPPO)
         with trainer.precision_plugin.forward_context():
             self.metrics = learn(*self.arguments, TEMPERATURE, module)
-        self.gradients = {n: None if p.grad is None else p.grad.clone() for n, p in module.policy.named_parameters()}
+        self.gradients = {
+            n: None if p.grad is None else p.grad.clone() for n, p in module.policy.named_parameters()
+        }
 
 
 def learned(
@@ -86,13 +88,17 @@ def test_loss_and_gradient_are_those_of_the_formula(loss: FoundLoss, budget: int
     # π / q is e^0.4, e^1.2 (which is truncated) and e^(−0.3)
     sampled = [row.detach() - gap / len(row) for row, gap in zip(own, (0.4, 1.2, 0.5), strict=True)]
     successes = [
-        Success(Prompt("", "", "sums", i), PROMPTS[i], RESPONSES[i], sampled[i].tolist(), (1.0, 1.0, 0.5)[i], excess)
+        Success(
+            Prompt("", "", "sums", i), PROMPTS[i], RESPONSES[i], sampled[i].tolist(), (1.0, 1.0, 0.5)[i], excess
+        )
         for i, excess in enumerate((0.0, 0.0, 0.8))
     ]
     values, shares = [0.25, 0.5, 0.1], [1.0, 0.5, 0.25]
     stage = learned(make_policy(), successes, values, shares, loss, 0.3, micro_batch_tokens=budget)
     ratios = [0.75 * math.exp(0.4), 0.5 * 2.0, 0.4 * math.exp(-0.3)]
-    weights = [s * w for s, w in zip(shares, ratios if isinstance(loss, OffPolicySamples) else [1.0] * 3, strict=True)]
+    weights = [
+        s * w for s, w in zip(shares, ratios if isinstance(loss, OffPolicySamples) else [1.0] * 3, strict=True)
+    ]
     expected = -sum(weight * row.sum() for weight, row in zip(weights, own, strict=True)) / 9  # tokens
     check_gradient(stage, 0.3 * expected, policy)
     assert stage.metrics == {
@@ -126,7 +132,9 @@ def test_the_expected_gradient_of_what_another_policy_sampled_is_that_on_policy(
         for pair, row in zip(right, sampled, strict=True)
     ]
     pass_rate = sum(log_probs(policy, [3, 4], pair).sum().exp() for pair in right)
-    assert abs(float(pass_rate.detach()) - float(sum(row.sum().exp() for row in sampled))) > 0.05  # the two policies differ
+    assert (
+        abs(float(pass_rate.detach()) - float(sum(row.sum().exp() for row in sampled))) > 0.05
+    )  # the two policies differ
     stage = learned(copy.deepcopy(policy), successes, [0.2] * 12, [1.0] * 12, InExpectation(math.inf), 1.0)
     check_gradient(stage, -0.8 * pass_rate / 24, policy)
 

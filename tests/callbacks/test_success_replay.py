@@ -210,8 +210,16 @@ def test_what_a_search_finds_is_learned_from_again():
 
     module = RecordingSPPO(policy, make_critic(zero=True), policy_optimizer=STILL, critic_optimizer=STILL)
     recorder = Recorder()
-    stages = [RolloutGeneration(Sampling(max_new_tokens=8)), HasQ(), Looks(BestOfN(n=40), below=1.0), stage, recorder]
-    make_trainer(*stages, log_every_n_steps=1).fit(module, loader(*(make_batch(policy, list(WRONG)) for _ in range(2))))
+    stages = [
+        RolloutGeneration(Sampling(max_new_tokens=8)),
+        HasQ(),
+        Looks(BestOfN(n=40), below=1.0),
+        stage,
+        recorder,
+    ]
+    make_trainer(*stages, log_every_n_steps=1).fit(
+        module, loader(*(make_batch(policy, list(WRONG)) for _ in range(2)))
+    )
     assert len(found[0]) >= 2
     kept = {(each.key, tuple(each.response_ids)): each for each in stage.watched[0]}
     for each in found[0]:
@@ -290,10 +298,14 @@ def test_rounds_of_dynamic_sampling_replay_once(tmp_path: Path):
 
 
 def test_settings_and_order_are_checked():
-    with pytest.raises(InputError, match="`SuccessReplay.below`=0 cannot be used; it must be above 0 and at most 1"):
+    with pytest.raises(
+        InputError, match="`SuccessReplay.below`=0 cannot be used; it must be above 0 and at most 1"
+    ):
         SuccessReplay(below=0)
     with pytest.raises(InputError, match="`SuccessReplay.coef`=0 cannot be used; it must be above 0"):
         SuccessReplay(coef=0)
     stages = [RolloutGeneration(Sampling(max_new_tokens=2)), SuccessReplay(loss=Demonstrations()), HasQ()]
     with pytest.raises(InputError, match="SuccessReplay before HasQ"):
-        make_trainer(*stages).fit(RecordingSPPO(make_policy(), make_critic()), loader(make_batch(make_policy(), ["1"])))
+        make_trainer(*stages).fit(
+            RecordingSPPO(make_policy(), make_critic()), loader(make_batch(make_policy(), ["1"]))
+        )
