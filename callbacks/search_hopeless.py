@@ -14,7 +14,7 @@ from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.engines import BestOfN, SearchEngine, TreeSearchEngine
 from sppo_lightning.engines.search import Candidate, Found
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_settings
 from sppo_lightning.found_losses import Demonstrations, FoundLoss
 from sppo_lightning.module import SPPOModule
 from sppo_lightning.pipeline import Stage
@@ -62,19 +62,14 @@ class SearchHopeless(Stage):
         compare_every_n_iterations: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, good, allowed in (
+        every = compare_every_n_iterations
+        check_settings(
+            "SearchHopeless",
             ("below", below, 0 < below <= 1, "above 0 and at most 1"),
             ("max_prompts", max_prompts, max_prompts >= 1, "1 or more"),
             ("coef", coef, 0 <= coef < float("inf"), "0 or more"),
-            (
-                "compare_every_n_iterations",
-                compare_every_n_iterations,
-                compare_every_n_iterations >= 0,
-                "0 or more",
-            ),
-        ):
-            if not good:
-                raise InputError(f"`SearchHopeless.{name}`={value} cannot be used; it must be {allowed}.")
+            ("compare_every_n_iterations", every, every >= 0, "0 or more"),
+        )
         self.search = search or TreeSearchEngine()
         self.below = below
         self.max_prompts = max_prompts

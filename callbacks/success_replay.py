@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from sppo_lightning.batch import PromptBatch, Success
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import check_settings
 from sppo_lightning.experience import Experience
 from sppo_lightning.found_losses import FoundLoss, OffPolicySamples
 from sppo_lightning.module import SPPOModule
@@ -75,7 +75,8 @@ class SuccessReplay(Stage):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, good, allowed in (
+        check_settings(
+            "SuccessReplay",
             ("below", below, 0 < below <= 1, "above 0 and at most 1"),
             ("rows", rows, rows >= 1, "1 or more"),
             ("coef", coef, 0 < coef < float("inf"), "above 0"),
@@ -84,9 +85,7 @@ class SuccessReplay(Stage):
             ("per_prompt", per_prompt, per_prompt >= 1, "1 or more"),
             ("prior_strength", prior_strength, prior_strength > 0, "above 0"),
             ("decay", decay, 0 <= decay <= 1, "from 0 to 1"),
-        ):
-            if not good:
-                raise InputError(f"`SuccessReplay.{name}`={value} cannot be used; it must be {allowed}.")
+        )
         self.below = below
         self.rows = rows
         self.loss = loss or OffPolicySamples()
