@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from tiny import AnyDigit, RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
+from tiny import (
+    AnyDigit,
+    RecordingSPPO,
+    loader,
+    make_batch,
+    make_critic,
+    make_policy,
+    make_trainer,
+    response_log_probs,
+)
 from torch import Tensor
 
 from sppo_lightning.batch import Prompt, PromptBatch, Success
@@ -64,10 +73,7 @@ def learned(
 
 
 def log_probs(policy: TinyPolicy, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """`[T]` of a response, from the model's own logits."""
-    ids = torch.tensor([[*prompt, *response]])
-    logits = policy.model(ids).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1)[torch.arange(len(response)), list(response)]
+    return response_log_probs(policy, prompt, response, TEMPERATURE)
 
 
 def check_gradient(stage: Learns, loss: Tensor, policy: TinyPolicy) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import chain_run
 import pytest
 import torch
-from tiny import RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
+from tiny import RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer, response_log_probs
 
 from sppo_lightning.batch import Prompt, PromptBatch, Scores
 from sppo_lightning.callbacks import RolloutGeneration, SearchHopeless, Verifier
@@ -74,9 +74,7 @@ def test_the_first_updates_gradient_has_the_auxiliary_losss(loss: FoundLoss):
     policy, tokens = make_policy(), sum(len(each.response_ids) for each in found)
     expected = torch.zeros(())
     for each in found:
-        prompt, response = each.prompt_ids, each.response_ids
-        logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        log_likelihood = logits.log_softmax(-1)[torch.arange(len(response)), response].sum()
+        log_likelihood = response_log_probs(policy, each.prompt_ids, each.response_ids).sum()
         weight = 1.0 if isinstance(loss, Demonstrations) else 0.5 * min(math.exp(-each.log_excess), 0.3)
         expected = expected - weight * log_likelihood / tokens
     gradients = torch.autograd.grad(expected, list(policy.parameters()))
