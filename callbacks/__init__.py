@@ -25,6 +25,7 @@ from sppo_lightning.callbacks.sample_log import SampleLog
 from sppo_lightning.callbacks.sampler_parity import SamplerParity
 from sppo_lightning.callbacks.search_hopeless import SearchHopeless
 from sppo_lightning.callbacks.step_quality import StepQuality
+from sppo_lightning.callbacks.success_replay import SuccessReplay
 from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.callbacks.warm_start_gate import WarmStartGate
 
@@ -54,6 +55,7 @@ __all__ = [
     "SamplerParity",
     "SearchHopeless",
     "StepQuality",
+    "SuccessReplay",
     "Verifier",
     "WarmStartGate",
 ]

@@ -9,16 +9,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from sppo_lightning.batch import Prompt, PromptBatch, Rollouts
+from sppo_lightning.batch import Prompt, PromptBatch, Success
 from sppo_lightning.callbacks.rollout_generation import RolloutGeneration
 from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.engines import BestOfN, SearchEngine, TreeSearchEngine
-from sppo_lightning.engines.packing import pack_rollouts
 from sppo_lightning.engines.search import Candidate, Found
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_settings
 from sppo_lightning.found_losses import Demonstrations, FoundLoss
 from sppo_lightning.module import SPPOModule
 from sppo_lightning.pipeline import Stage
+from sppo_lightning.successes import as_rollouts, learn
 
 
 class SearchHopeless(Stage):
@@ -33,8 +33,10 @@ class SearchHopeless(Stage):
     their counts and seconds are then also of the search. Responses that were cut off are not learned from.
 
     Logs, over all ranks, `search/prompts`, `search/solved_fraction`, `search/tokens`,
-    `search/success_per_1k_tokens`, `search/loss` and, where it compares, the same of independent samples as
-    `search/independent_…`.
+    `search/success_per_1k_tokens`, `search/loss`, `search/weight_mean`, `search/truncated_fraction` and, where it
+    compares, the first four of independent samples as `search/independent_…`.
+
+    What is found is left on the batch as `batch.found`; SuccessReplay keeps it, to be learned from again.
 
     Args:
         search: How to search; it samples with RolloutGeneration's engine unless it has one of its own.
@@ -60,19 +62,14 @@ class SearchHopeless(Stage):
         compare_every_n_iterations: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, good, allowed in (
+        every = compare_every_n_iterations
+        check_settings(
+            "SearchHopeless",
             ("below", below, 0 < below <= 1, "above 0 and at most 1"),
             ("max_prompts", max_prompts, max_prompts >= 1, "1 or more"),
             ("coef", coef, 0 <= coef < float("inf"), "0 or more"),
-            (
-                "compare_every_n_iterations",
-                compare_every_n_iterations,
-                compare_every_n_iterations >= 0,
-                "0 or more",
-            ),
-        ):
-            if not good:
-                raise InputError(f"`SearchHopeless.{name}`={value} cannot be used; it must be {allowed}.")
+            ("compare_every_n_iterations", every, every >= 0, "0 or more"),
+        )
         self.search = search or TreeSearchEngine()
         self.below = below
         self.max_prompts = max_prompts
@@ -113,7 +110,8 @@ class SearchHopeless(Stage):
         self.search.close()
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
-        """Search, report, and leave the auxiliary loss's gradient for the first update."""
+        """Search, report, leave what is found on the batch, and the loss's gradient for the first update."""
+        batch.found = []
         if not trainer.training:
             return
         assert isinstance(module, SPPOModule)
@@ -132,9 +130,16 @@ class SearchHopeless(Stage):
             if every and self._iterations % every == 0:
                 metrics |= self._independent(hard, trainer, module)
             self._iterations += 1
+            best = successes(found)
+            batch.found = [_success(hard, i, each) for i, each in best]
             if self.coef:
-                metrics["search/loss"] = self._learn(hard, found, values[chosen], module)
+                metrics |= self._learn(batch.found, values[[chosen[i] for i, _ in best]], module)
         module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def _learn(self, found: list[Success], values: Tensor, module: SPPOModule) -> dict[str, float]:
+        temperature = self._generation.sampling.temperature or 1.0
+        learned = learn(found, values, torch.ones_like(values), self.loss, self.coef, temperature, module)
+        return {f"search/{name}": value for name, value in learned.items()}
 
     def _independent(self, hard: PromptBatch, trainer: Trainer, module: SPPOModule) -> dict[str, float]:
         assert self.search.engine is not None
@@ -150,38 +155,12 @@ class SearchHopeless(Stage):
         """Rewards of the texts, NaN where a verifier gave no verdict."""
         ids = module.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
         scratch = PromptBatch(prompts, [[] for _ in prompts], [0] * len(prompts))
-        scratch.rollouts = _packed(scratch, ids, [[0.0] * len(row) for row in ids], module, 1.0)
+        given = [Success(p, [], row, [0.0 for _ in row], 0.0) for p, row in zip(prompts, ids, strict=True)]
+        scratch.rollouts = as_rollouts(given, 1.0, module)
         scratch.rollouts.responses = texts
         for verifier in self._verifiers:
             verifier.process(scratch, trainer, module)
         return scratch.rollouts.rewards.tolist()
-
-    def _learn(self, hard: PromptBatch, found: list[Found], values: Tensor, module: SPPOModule) -> float:
-        """Backward of the auxiliary loss; the loss, over all ranks."""
-        best = successes(found)
-        rollouts, excess = demonstrations(hard, best, module, self._generation.sampling.temperature or 1.0)
-        advantages = rollouts.sampled_log_probs.new_tensor([each.score for _, each in best])
-        advantages = advantages - values[[i for i, _ in best]].to(advantages)
-        reduce: Any = module.trainer.strategy.reduce
-        tokens = reduce(rollouts.response_mask.sum(), reduce_op="sum")
-        if not tokens:
-            return 0.0
-        total = torch.zeros_like(tokens)
-        if not best:  # another rank has some, and forwards may be collectives
-            filler = PromptBatch([Prompt("", "", "", 0)], [[0]], [0])
-            rollouts = _packed(filler, [[0]], [[0.0]], module, 1.0)
-            advantages = excess = tokens.new_zeros(1)
-        groups = module.groups(rollouts.lengths if best else [], module.policy.packs)
-        for [rows], _, _ in module.in_step(groups):
-            part = rollouts.rows(rows.index)
-            log_probs, _ = module.policy(part)
-            weights = self.loss(
-                log_probs, part.sampled_log_probs, part.response_mask, advantages[rows.index], excess[rows.index]
-            )
-            loss = -(weights[:, None] * log_probs * part.response_mask).sum() / tokens * rows.counts
-            module.accumulate(self.coef * loss, last=False)  # ranks exchange it with the update's own
-            total += loss.detach()
-        return float(reduce(total, reduce_op="sum"))
 
 
 def hopeless(batch: PromptBatch, values: Tensor, below: float, most: int) -> list[int]:
@@ -201,30 +180,16 @@ def successes(found: Sequence[Found]) -> list[tuple[int, Candidate]]:
     return [(i, row[0]) for i, row in enumerate(good) if row]
 
 
-def demonstrations(
-    batch: PromptBatch, best: Sequence[tuple[int, Candidate]], module: SPPOModule, temperature: float
-) -> tuple[Rollouts, Tensor]:
-    """Found responses, by the row of their prompts, as rollouts; and their `log_excess` `[N]`, nats."""
-    ids = [each.response.token_ids for _, each in best]
-    rollouts = _packed(
-        batch.rows([i for i, _ in best]), ids, [each.response.log_probs for _, each in best], module, temperature
-    )
-    return rollouts, rollouts.sampled_log_probs.new_tensor([each.log_excess for _, each in best])
-
-
-def _packed(
-    batch: PromptBatch, ids: list[list[int]], log_probs: list[list[float]], module: SPPOModule, temperature: float
-) -> Rollouts:
-    """One finished response per prompt."""
-    return pack_rollouts(
-        batch,
-        list(range(len(batch))),
-        ids,
-        log_probs,
-        ["stop"] * len(ids),
-        policy=module.policy,
-        temperature=temperature,
-        versions=[module.global_step] * len(ids),
+def _success(batch: PromptBatch, row: int, candidate: Candidate) -> Success:
+    """A candidate that answers the prompt in this row."""
+    response = candidate.response
+    return Success(
+        batch.prompts[row],
+        batch.token_ids[row],
+        response.token_ids,
+        response.log_probs,
+        candidate.score,
+        candidate.log_excess,
     )
 
 

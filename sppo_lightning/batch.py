@@ -43,6 +43,28 @@ class Prompt:
             return self.text
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.messages)
 
+    def plain(self) -> dict[str, Any]:
+        """The fields by name, for checkpoints."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Success:
+    """A response with full marks that was not cut off, and the density that it came by."""
+
+    prompt: Prompt
+    prompt_ids: Sequence[int]  # unpadded, in the policy's ids
+    response_ids: Sequence[int]  # the end-of-sequence token included
+    log_probs: Sequence[float]  # nats, one per response token, of the weights that sampled it, at their temperature
+    reward: float  # R
+    log_excess: float = 0.0  # nats: by how much a search raised the response's density
+    iteration: int = 0  # in which it was seen last, counted from 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What identifies the prompt."""
+        return self.prompt.dataset, self.prompt.row
+
 
 @dataclass
 class Scores:
@@ -208,6 +230,7 @@ class PromptBatch:
         self.rollouts: Rollouts | None = None  # set by RolloutGeneration
         self.value_logits: Tensor | None = None  # [B], `v` of a critic that reads prompts, where asked ahead
         self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
+        self.found: list[Success] = []  # by SearchHopeless; no samples of the policy
         self.draw_upcoming: Callable[[], PromptBatch] | None = None  # draws what follows, where a loader can
 
     def __len__(self) -> int:

@@ -22,6 +22,13 @@ def check_option(name: str, value: str, options: Any) -> None:
         raise InputError(f"`{name}`={value} is unknown; use {' or '.join(get_args(options))}.")
 
 
+def check_settings(owner: str, *checks: tuple[str, float, bool, str]) -> None:
+    """Raise `InputError` for the first wrong setting: each is a name, a value, whether it is right, and what is."""
+    for name, value, right, allowed in checks:
+        if not right:
+            raise InputError(f"`{owner}.{name}`={value} cannot be used; it must be {allowed}.")
+
+
 def nearest(word: str, options: Collection[str]) -> str:
     """`", the nearest is …"` for the option most like `word`, or the empty string where none is like it."""
     close = difflib.get_close_matches(word, list(options), n=1)

@@ -1,4 +1,4 @@
-"""How responses that a search found are learned from; see `sppo_lightning.callbacks.SearchHopeless`."""
+"""How successes are learned from that are not an iteration's own responses; see `sppo_lightning.successes`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class FoundLoss(ABC):
             log_excess: `[N]`, nats: by how much the search raised each response's density.
         """
 
+    def truncated(self, weights: Tensor, advantages: Tensor) -> Tensor:
+        """Which of the weights `[N]` are as great as they get for these advantages, bool; none by default."""
+        return torch.zeros_like(weights, dtype=torch.bool)
+
 
 class Demonstrations(FoundLoss):
     """Imitates what was found, however unlikely it was: expert iteration, arXiv 1705.08439."""
@@ -40,10 +44,10 @@ class Demonstrations(FoundLoss):
 
 
 class OffPolicySamples(FoundLoss):
-    """A policy gradient from samples of the search: `A · min(π / q, max_weight)` with its density `q`.
+    """A policy gradient from samples of another density `q`: `A · min(π / q, max_weight)`.
 
-    It is added to the first update of an iteration, where `π` is `π_old`, so no ratio is clipped yet. A success
-    that the policy would hardly ever sample weighs as little as it would be rare.
+    It is added to the first update of an iteration, where `π` is `π_old`, so no ratio is clipped yet. A searched
+    success that the policy would hardly ever sample weighs as little as it would be rare.
 
     Source: truncated importance sampling, Ionides 2008.
 
@@ -66,3 +70,7 @@ class OffPolicySamples(FoundLoss):
             log_probs.detach(), proposal, mask, self.max_weight, "sequence"
         )
         return advantages * weights.amax(dim=1)
+
+    def truncated(self, weights: Tensor, advantages: Tensor) -> Tensor:
+        """Those of ratios above `max_weight`; none where the advantage is 0."""
+        return (weights >= self.max_weight * advantages) & (advantages > 0)

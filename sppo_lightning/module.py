@@ -148,7 +148,8 @@ class SPPOModule(ActorCritic):
         taught = teaching(outcomes, learned), teaching(experience, learned)
         report(self, meter, taught[1], self.remember(*taught))
         self.end_iteration(len(experience), time.perf_counter() - start)
-        return {"experience": experience}  # which callbacks get as the `outputs` of `on_train_batch_end`
+        # which callbacks get as the `outputs` of `on_train_batch_end`
+        return {"experience": experience, "taught": taught[1]}
 
     # ------------------------------------------------------------------ what advantages are made of
 

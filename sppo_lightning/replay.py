@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from array import array
 from collections import deque
@@ -99,15 +98,7 @@ class CriticReplay:
 
     def state_dict(self) -> dict[str, Any]:
         """The stores of all ranks and the iteration, in plain types; a collective."""
-        own = [
-            (
-                {f.name: getattr(row.prompt, f.name) for f in dataclasses.fields(Prompt)},
-                [*row.token_ids],
-                row.target,
-                row.iteration,
-            )
-            for row in self.stored
-        ]
+        own = [(row.prompt.plain(), [*row.token_ids], row.target, row.iteration) for row in self.stored]
         return {"iteration": self.iteration, "stored": gather_objects(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from sppo_lightning.advantages import SequenceAdvantage
 from sppo_lightning.errors import InputError
 from sppo_lightning.experience import Outcomes
 from sppo_lightning.ranks import gather_objects
-
-Key = tuple[str, int]  # (dataset, row) identifies a prompt
+from sppo_lightning.records import PromptRecords
 
 
 class ShrunkSequenceAdvantage(SequenceAdvantage):
@@ -43,17 +42,9 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
                 raise InputError(
                     f"`ShrunkSequenceAdvantage.{name}`={value} is no share to keep; use 0 to 1, such as 0.9."
                 )
-        self.prior_strength = prior_strength
-        self.decay = decay
         self.running_decay = running_decay
-        self.records: dict[Key, tuple[float, float]] = {}  # s and n
-        self.rewards = self.responses = 0.0  # running sums, of which p is the quotient
+        self.records = PromptRecords(prior_strength, decay, running_decay)  # m, and p, its running mean
         self.critic_error = self.record_error = 0.0  # running sums of squares, over the same responses
-
-    @property
-    def prior_mean(self) -> float:
-        """`p`: the running mean of R; 0.5 before the first one."""
-        return self.rewards / self.responses if self.responses else 0.5
 
     @property
     def weight(self) -> float:
@@ -61,16 +52,11 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         total = self.critic_error + self.record_error
         return self.record_error / total if total else 1.0
 
-    def record_mean(self, key: Key) -> float:
-        """`m` of the prompt (dataset, row)."""
-        successes, responses = self.records.get(key, (0.0, 0.0))
-        return (self.prior_strength * self.prior_mean + successes) / (self.prior_strength + responses)
-
     def __call__(self, outcomes: Outcomes) -> Tensor:
         """`[N]`; see `Advantage`."""
         assert outcomes.value_logits is not None
         values = outcomes.value_logits.sigmoid()
-        means = [self.record_mean((prompt.dataset, prompt.row)) for prompt in outcomes.rollouts.prompts]
+        means = [self.records.mean((prompt.dataset, prompt.row)) for prompt in outcomes.rollouts.prompts]
         records = torch.tensor(means, dtype=values.dtype, device=values.device)
         return outcomes.penalized_rewards - (self.weight * values + (1 - self.weight) * records)
 
@@ -93,32 +79,18 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         if not rows:
             return {"critic/shrinkage_weight": self.weight}
         critic_error = sum((reward - value) ** 2 for _, reward, value in rows)
-        record_error = sum((reward - self.record_mean(key)) ** 2 for key, reward, _ in rows)
+        record_error = sum((reward - self.records.mean(key)) ** 2 for key, reward, _ in rows)
         metrics = {"critic/shrinkage_weight": self.weight, "critic/record_brier": record_error / len(rows)}
         self.critic_error = self.running_decay * self.critic_error + critic_error
         self.record_error = self.running_decay * self.record_error + record_error
-        self.rewards = self.running_decay * self.rewards + sum(reward for _, reward, _ in rows)
-        self.responses = self.running_decay * self.responses + len(rows)
-        self._enter([(key, reward) for key, reward, _ in rows])
+        self.records.enter([(key, reward) for key, reward, _ in rows])
         return metrics
-
-    def _enter(self, rewards: list[tuple[Key, float]]) -> None:
-        """Add one visit's rewards to the records; several responses to a prompt are one visit."""
-        for key in {key for key, _ in rewards}:
-            successes, responses = self.records.get(key, (0.0, 0.0))
-            self.records[key] = (self.decay * successes, self.decay * responses)
-        for key, reward in rewards:
-            successes, responses = self.records[key]
-            self.records[key] = (successes + reward, responses + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The records and the running sums."""
-        return {
-            "records": [(*key, *record) for key, record in self.records.items()],
-            "sums": (self.rewards, self.responses, self.critic_error, self.record_error),
-        }
+        return self.records.state_dict() | {"errors": (self.critic_error, self.record_error)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was saved."""
-        self.records = {(dataset, row): (s, n) for dataset, row, s, n in state_dict["records"]}
-        self.rewards, self.responses, self.critic_error, self.record_error = state_dict["sums"]
+        self.records.load_state_dict(state_dict)
+        self.critic_error, self.record_error = state_dict["errors"]

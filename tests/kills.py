@@ -29,6 +29,7 @@ from sppo_lightning.callbacks import (
     InitialValidation,
     ReferenceRefresh,
     RolloutGeneration,
+    SuccessReplay,
     Verifier,
 )
 from sppo_lightning.data import ChainTask, PromptDataModule
@@ -142,6 +143,7 @@ class Run:
             InitialValidation(),
             RolloutGeneration(Sampling(max_new_tokens=8), prefetch=self.prefetch),
             Moody(self.stalls_at),
+            SuccessReplay(below=1.0, rows=4),
             HackingMonitor(checks=[ExactMatch(extract="whole", name="strict")], check_every_n_iterations=2),
             ReferenceRefresh(every_n_updates=3, mix=0.5),
             Checkpoint(every_n_train_steps=self.every),

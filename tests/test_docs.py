@@ -31,12 +31,13 @@ from sppo_lightning.callbacks import (
     RewardModelVerifier,
     SearchHopeless,
     StepQuality,
+    SuccessReplay,
 )
 from sppo_lightning.cli import command_line, main
 from sppo_lightning.collapse import CollapseLimits
 from sppo_lightning.data import PassRateCurriculum, SolvabilityCurriculum, StagedCurriculum
 from sppo_lightning.engines import TreeSearchEngine
-from sppo_lightning.found_losses import Demonstrations
+from sppo_lightning.found_losses import Demonstrations, OffPolicySamples
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,3 +276,13 @@ def test_the_pages_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert isinstance(stage.search, TreeSearchEngine)
     assert (stage.search.engine, stage.search.step_end, stage.below) == (None, ("\n\n",), 0.05)
     assert isinstance(stage.loss, Demonstrations)
+
+
+def test_the_pages_replay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    stage = only(SuccessReplay, callbacks_built("SuccessReplay", monkeypatch, tmp_path, page="docs/search.md"))
+    assert isinstance(stage.loss, OffPolicySamples)
+    plain = SuccessReplay()  # the page shows the defaults
+    names = ("below", "rows", "coef", "half_life_iterations")
+    assert [getattr(stage, name) for name in names] == [getattr(plain, name) for name in names]
+    assert (vars(stage.store), vars(stage.records)) == (vars(plain.store), vars(plain.records))
+    assert stage.loss.max_weight == OffPolicySamples().max_weight

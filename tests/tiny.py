@@ -108,6 +108,14 @@ def make_policy(seed: int = 0, **settings: Any) -> TinyPolicy:
     return policy
 
 
+def response_log_probs(
+    policy: TinyPolicy, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
+) -> torch.Tensor:
+    """`[T]`, from the model's own logits: one row, without padding, with a gradient."""
+    logits = policy.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(response)), list(response)]
+
+
 class TinyTokenCritic(TokenCritic):
     """A critic that reads the policy's tokens, with a value head that is drawn at random."""
 

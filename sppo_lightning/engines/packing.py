@@ -29,7 +29,7 @@ def pack_rollouts(
     response_ids, response_mask = _padded(responses, pad, left=False)
     sampled = torch.zeros_like(response_mask)
     for row, values in enumerate(log_probs):
-        sampled[row, : len(values)] = torch.tensor(values)
+        sampled[row, : len(values)] = torch.tensor(values, dtype=sampled.dtype)
     device = policy.device
     return Rollouts(
         prompts=[batch.prompts[i] for i in prompt_index],

@@ -6,11 +6,11 @@ from typing import Any
 import chain_run
 import pytest
 import torch
-from tiny import RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer
+from tiny import RecordingSPPO, loader, make_batch, make_critic, make_policy, make_trainer, response_log_probs
 
-from sppo_lightning.batch import Prompt, Scores
+from sppo_lightning.batch import Prompt, PromptBatch, Scores
 from sppo_lightning.callbacks import RolloutGeneration, SearchHopeless, Verifier
-from sppo_lightning.callbacks.search_hopeless import hopeless, successes
+from sppo_lightning.callbacks.search_hopeless import hopeless
 from sppo_lightning.engines import BestOfN, HFEngine, Sampling, TreeSearchEngine
 from sppo_lightning.errors import InputError
 from sppo_lightning.found_losses import Demonstrations, FoundLoss, OffPolicySamples
@@ -42,9 +42,9 @@ def run(*stages: Any, **settings: Any) -> tuple[RecordingSPPO, Any]:
 class Keeps(SearchHopeless):
     """What was found, and its prompts' values."""
 
-    def _learn(self, hard: Any, found: Any, values: Any, module: Any) -> float:
-        self.kept = hard, found, values
-        return super()._learn(hard, found, values, module)
+    def process(self, batch: PromptBatch, trainer: Any, module: Any) -> None:
+        super().process(batch, trainer, module)
+        self.kept = batch.found, module.prompt_values(batch)
 
 
 def test_hopeless_prompts_are_those_with_a_low_v_and_no_success():
@@ -67,17 +67,14 @@ def test_the_first_updates_gradient_has_the_auxiliary_losss(loss: FoundLoss):
     plain, _ = run(Says("q"))
     stage = Keeps(BestOfN(n=40), below=1.0, loss=loss, coef=0.5)
     with_search, trainer = run(Says("q"), stage)
-    batch, found, values = stage.kept
-    assert values.tolist() == [0.5] * len(batch)
-    best = successes(found)
-    assert best
-    assert all(each.score == 1.0 and each.response.token_ids[-1] == 1 for _, each in best)
-    policy, tokens = make_policy(), sum(len(each.response.token_ids) for _, each in best)
+    found, values = stage.kept
+    assert values.tolist() == [0.5] * len(TEXTS)
+    assert found
+    assert all(each.reward == 1.0 and each.response_ids[-1] == 1 for each in found)
+    policy, tokens = make_policy(), sum(len(each.response_ids) for each in found)
     expected = torch.zeros(())
-    for i, each in best:
-        prompt, response = batch.token_ids[i], each.response.token_ids
-        logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        log_likelihood = logits.log_softmax(-1)[torch.arange(len(response)), response].sum()
+    for each in found:
+        log_likelihood = response_log_probs(policy, each.prompt_ids, each.response_ids).sum()
         weight = 1.0 if isinstance(loss, Demonstrations) else 0.5 * min(math.exp(-each.log_excess), 0.3)
         expected = expected - weight * log_likelihood / tokens
     gradients = torch.autograd.grad(expected, list(policy.parameters()))

@@ -75,6 +75,7 @@ def test_numbers_are_exact_whatever_the_default_dtype_is(engine: Engine, dtype: 
     assert rollouts.prompt_mask.sum(1).tolist() == [257, 1]
     wide = torch.promote_types(dtype, torch.float32)
     assert rollouts.sampled_log_probs.dtype == wide
+    assert not torch.equal(rollouts.sampled_log_probs, rollouts.sampled_log_probs.bfloat16().to(wide))
     if dtype == torch.float64:
         torch.testing.assert_close(rollouts.sampled_log_probs, policy(rollouts)[0], atol=1e-12, rtol=1e-10)
 
