@@ -86,7 +86,7 @@ class Run:
             "seed_everything": self.seed,
             "model": {
                 "init_args": {
-                    "policy_optimizer": {"lr": 6e-4, "warmup_updates": 5},
+                    "policy_optimizer": {"lr": 3e-4, "warmup_updates": 5},
                     "critic_optimizer": {"lr": 3e-3, "warmup_updates": 0},
                     "critic_warmup": component(
                         "warmup.CriticWarmup", updates=10, min_brier_skill=0.0, max_updates=60

@@ -41,7 +41,8 @@ class SearchHopeless(Stage):
     Args:
         search: How to search; it samples with RolloutGeneration's engine unless it has one of its own.
         below: V, in [0, 1], under which a prompt is searched.
-        max_prompts: Most prompts searched per iteration on each rank, those with the lowest V.
+        max_prompts: Most prompts searched per iteration on each rank: those with the highest V of them, in which a
+            success is likeliest to be found.
         loss: How what is found is learned from.
         coef: Weight of the auxiliary loss; 0 learns nothing and only reports.
         compare_every_n_iterations: So often the same prompts also get independent samples with the same budget
@@ -164,10 +165,10 @@ class SearchHopeless(Stage):
 
 
 def hopeless(batch: PromptBatch, values: Tensor, below: float, most: int) -> list[int]:
-    """Rows of the prompts with V `[B]` below a threshold and no right response, the lowest V first."""
+    """Rows of the prompts with V `[B]` below a threshold and no right response, the highest V first."""
     assert batch.rollouts is not None
     solved = set(batch.rollouts.prompt_index[batch.rollouts.correct].tolist())
-    order: list[int] = values.argsort(stable=True).tolist()
+    order: list[int] = values.argsort(descending=True, stable=True).tolist()
     return [i for i in order if values[i] < below and i not in solved][:most]
 
 

@@ -55,8 +55,8 @@ def test_hopeless_prompts_are_those_with_a_low_v_and_no_success():
     batch.rollouts = engine.generate(batch, Sampling(max_new_tokens=2))
     batch.rollouts.scores["given"] = Scores(torch.tensor([0.0, 0.0, 1.0, 0.0, math.nan]), 1.0, "outcome")
     values = torch.tensor([0.09, 0.5, 0.01, 0.02, 0.05])
-    assert hopeless(batch, values, below=0.1, most=9) == [3, 4, 0]
-    assert hopeless(batch, values, below=0.1, most=2) == [3, 4]
+    assert hopeless(batch, values, below=0.1, most=9) == [0, 4, 3]
+    assert hopeless(batch, values, below=0.1, most=2) == [0, 4]
 
 
 @pytest.mark.parametrize(
