@@ -47,11 +47,26 @@ class Arm:
 STAGED = curriculum("StagedCurriculum", column="operations", stages=3)
 SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5)
 
+BUDGET = 16 * LONGEST  # tokens that a search may spend on a prompt
+REPLAY = component("callbacks.SuccessReplay", below=0.5)
+
+
+def search(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """An overlay that searches prompts of which the critic has little hope, and imitates what is found."""
+    return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=8))
+
+
 ARMS = (
     Arm("uniform"),
     Arm("staged", STAGED),
     Arm("pass rate", curriculum("PassRateCurriculum")),
     Arm("solvability", SOLVABILITY),
+    Arm("best of N", search(component("engines.BestOfN", n=16, at_once=4, budget_tokens=BUDGET))),
+    Arm(
+        "tree search",
+        search(component("engines.TreeSearchEngine", budget_tokens=BUDGET, step_tokens=STEP, step_end=[])),
+    ),
+    Arm("replay", stages(REPLAY)),
 )
 
 
