@@ -11,8 +11,7 @@ from sppo_lightning.advantages import SequenceAdvantage
 from sppo_lightning.errors import InputError
 from sppo_lightning.experience import Outcomes
 from sppo_lightning.ranks import gather_objects
-
-Key = tuple[str, int]  # (dataset, row) identifies a prompt
+from sppo_lightning.records import Key, Records, enter, from_rows, to_rows
 
 
 class ShrunkSequenceAdvantage(SequenceAdvantage):
@@ -46,7 +45,7 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         self.prior_strength = prior_strength
         self.decay = decay
         self.running_decay = running_decay
-        self.records: dict[Key, tuple[float, float]] = {}  # s and n
+        self.records: Records = {}  # s and n
         self.rewards = self.responses = 0.0  # running sums, of which p is the quotient
         self.critic_error = self.record_error = 0.0  # running sums of squares, over the same responses
 
@@ -99,26 +98,17 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         self.record_error = self.running_decay * self.record_error + record_error
         self.rewards = self.running_decay * self.rewards + sum(reward for _, reward, _ in rows)
         self.responses = self.running_decay * self.responses + len(rows)
-        self._enter([(key, reward) for key, reward, _ in rows])
+        enter(self.records, [(key, reward) for key, reward, _ in rows], self.decay)
         return metrics
-
-    def _enter(self, rewards: list[tuple[Key, float]]) -> None:
-        """Add one visit's rewards to the records; several responses to a prompt are one visit."""
-        for key in {key for key, _ in rewards}:
-            successes, responses = self.records.get(key, (0.0, 0.0))
-            self.records[key] = (self.decay * successes, self.decay * responses)
-        for key, reward in rewards:
-            successes, responses = self.records[key]
-            self.records[key] = (successes + reward, responses + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The records and the running sums."""
         return {
-            "records": [(*key, *record) for key, record in self.records.items()],
+            "records": to_rows(self.records),
             "sums": (self.rewards, self.responses, self.critic_error, self.record_error),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was saved."""
-        self.records = {(dataset, row): (s, n) for dataset, row, s, n in state_dict["records"]}
+        self.records = from_rows(state_dict["records"])
         self.rewards, self.responses, self.critic_error, self.record_error = state_dict["sums"]
