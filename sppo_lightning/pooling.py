@@ -71,8 +71,8 @@ class PooledAdvantage(SequenceAdvantage):
         if self.estimate and count:
             self.squares = self.running_decay * self.squares + squares
             self.products = self.running_decay * self.products + products
-            ratio = self.squares / self.products if self.products > 0 else _MOST
-            self.prior_strength = min(max(ratio - 1, _LEAST), _MOST)
+            strength = self.squares / self.products - 1 if self.products > 0 else _MOST
+            self.prior_strength = min(max(strength, _LEAST), _MOST)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

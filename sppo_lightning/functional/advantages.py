@@ -154,11 +154,11 @@ def pooled_advantage(
         judged: `[N]`, bool; False for a response without a verdict, which counts for none of the others.
         prior_strength: `k`, the responses that V counts as.
     """
-    surprises, counts = rewards - values, judged.to(rewards.dtype)
-    size = int(groups.max()) + 1 if len(groups) else 0
-    total = rewards.new_zeros(size).index_add(0, groups, keep(surprises, judged))[groups]
-    others = rewards.new_zeros(size).index_add(0, groups, counts)[groups] - counts
-    return surprises - (total - keep(surprises, judged)) / (prior_strength + others)
+    surprises = rewards - values
+    kept, none = keep(surprises, judged), surprises.new_zeros(int(groups.max()) + 1 if len(groups) else 0)
+    counts = judged.to(surprises.dtype)
+    total, size = (none.index_add(0, groups, each)[groups] for each in (kept, counts))
+    return surprises - (total - kept) / (prior_strength + size - counts)
 
 
 def greedy_baseline_advantage(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
