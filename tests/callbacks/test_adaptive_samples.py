@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain_run import check_same, run
+from chain_run import Fated, check_same, run
 from lightning.pytorch import Callback, LightningModule, Trainer
 from scripted_run import PAIR, Scripted
 from tiny import make_chain_policy, make_chain_sppo, make_trainer
@@ -172,16 +172,6 @@ def test_while_the_critic_warms_up_there_are_none(tmp_path: Path) -> None:
     assert [batch.extra_responses > 0 for batch in notes.batches] == [False, False, True, True]
 
 
-class Fated(Verifier):
-    """The first 8 rows are always right, the next 8 always wrong, and chance decides the others."""
-
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        return [
-            float(prompt.row < 8) if prompt.row < 16 else float(len(text) % 2)
-            for prompt, text in zip(prompts, responses, strict=True)
-        ]
-
-
 def test_responses_go_where_chance_decides_and_their_tokens_are_those_of_the_budget(tmp_path: Path) -> None:
     notes, summary, budget = Notes(tmp_path), RunSummary(str(tmp_path / "summary")), 160
     rate = GroupOptimizer(lr=1e-3)
@@ -217,7 +207,7 @@ class NoLongPrompts(Verifier):
 
 
 def test_a_policy_learns_with_it(tmp_path: Path) -> None:
-    _, notes = None, Notes(tmp_path)
+    notes = Notes(tmp_path)
     module = make_chain_sppo(5e-3, mini_batch_size=8, advantage=PooledAdvantage())
     prompts = PromptDataModule(ChainTask({"1-3": 1.0}, size=24), batch_size=8, seed=3)
     stages = [RolloutGeneration(Sampling(max_new_tokens=8)), NoLongPrompts(), AdaptiveSamples(120, 4), notes]
