@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sppo_lightning import functional
 from sppo_lightning.advantages import SequenceAdvantage
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_decay
 from sppo_lightning.experience import Outcomes
 
 _LEAST, _MOST = 0.25, 256.0  # what an estimate of k is kept between
@@ -38,10 +38,7 @@ class PooledAdvantage(SequenceAdvantage):
                 f"`PooledAdvantage.prior_strength`={prior_strength} is no number of responses that V may count as; "
                 f"use {_LEAST} to {_MOST:g}, such as 4."
             )
-        if not 0 <= running_decay <= 1:
-            raise InputError(
-                f"`PooledAdvantage.running_decay`={running_decay} is no share to keep; use 0 to 1, such as 0.9."
-            )
+        check_decay(self, "running_decay", running_decay)
         self.prior_strength = prior_strength
         self.estimate = estimate
         self.running_decay = running_decay

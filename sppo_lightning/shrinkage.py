@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sppo_lightning.advantages import SequenceAdvantage
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_decay
 from sppo_lightning.experience import Outcomes
 from sppo_lightning.ranks import gather_objects
 from sppo_lightning.records import Key, Records, enter, from_rows, to_rows
@@ -37,11 +37,8 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
                 f"`ShrunkSequenceAdvantage.prior_strength`={prior_strength} leaves a prompt without a record no "
                 "baseline; use more than 0, such as 2."
             )
-        for name, value in (("decay", decay), ("running_decay", running_decay)):
-            if not 0 <= value <= 1:
-                raise InputError(
-                    f"`ShrunkSequenceAdvantage.{name}`={value} is no share to keep; use 0 to 1, such as 0.9."
-                )
+        check_decay(self, "decay", decay)
+        check_decay(self, "running_decay", running_decay)
         self.prior_strength = prior_strength
         self.decay = decay
         self.running_decay = running_decay

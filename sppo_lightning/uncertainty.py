@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sppo_lightning.batch import Prompt
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import check_decay
 from sppo_lightning.experience import Experience
 from sppo_lightning.ranks import gather_objects
 from sppo_lightning.records import Records, enter, from_rows, to_rows
@@ -72,8 +72,7 @@ class RecordVariance(Uncertainty):
     """
 
     def __init__(self, decay: float = 0.8) -> None:
-        if not 0 <= decay <= 1:
-            raise InputError(f"`RecordVariance.decay`={decay} is no share to keep; use 0 to 1, such as 0.8.")
+        check_decay(self, "decay", decay)
         self.decay = decay
         self.records: Records = {}
 

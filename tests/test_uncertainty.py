@@ -74,7 +74,7 @@ def test_a_record_makes_surer():
     again = RecordVariance(decay=0.5)
     again.load_state_dict(source.state_dict())
     assert again.beliefs(prompts(1, 2, 3), [0.25] * 3, 4.0) == found
-    with pytest.raises(InputError, match="`RecordVariance.decay`=2 is no share to keep; use 0 to 1, such as 0.8."):
+    with pytest.raises(InputError, match="`RecordVariance.decay`=2 is no share to keep; use 0 to 1, such as 0.9."):
         RecordVariance(decay=2)
 
 
