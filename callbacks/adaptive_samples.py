@@ -109,6 +109,7 @@ class AdaptiveSamples(ResamplingStage):
             return
         assert isinstance(module, SPPOModule)
         assert batch.rollouts is not None
+        batch.extra_responses = 0  # a batch may be used again
         own = self._beliefs(batch, trainer, module)
         parts = gather_objects((own, _tokens(batch.rollouts)))
         # in an order that does not depend on the ranks, and that prefers no prompt for its place in the data

@@ -10,7 +10,7 @@ import torch
 from chain_run import Fated, check_same, run
 from lightning.pytorch import Callback, LightningModule, Trainer
 from scripted_run import PAIR, Scripted
-from tiny import make_chain_policy, make_chain_sppo, make_trainer
+from tiny import loader, make_batch, make_chain_policy, make_chain_sppo, make_trainer
 from tiny_run import data, sppo, trainer_of
 
 from sppo_lightning import SPPOModule
@@ -199,7 +199,27 @@ def test_responses_go_where_chance_decides_and_their_tokens_are_those_of_the_bud
     assert module.record.samples == sum(len(batch.rollouts) for batch in notes.batches)  # type: ignore[arg-type]
 
 
-class NoLongPrompts(Verifier):
+class BudgetEnds(Callback):
+    """Leaves nothing for extra responses after the first iteration."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AdaptiveSamples):
+                callback.budget_tokens = 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_may_be_used_again(tmp_path: Path) -> None:
+    module, notes = make_chain_sppo(1e-3, mini_batch_size=2, advantage=PooledAdvantage()), Notes(tmp_path)
+    batch = make_batch(make_chain_policy(), ["1 +1 =", "2 +2 =", "3 =", "4 +3 ="])
+    stages = [RolloutGeneration(Sampling(max_new_tokens=8)), Fated(), AdaptiveSamples(100, 3), notes, BudgetEnds()]
+    make_trainer(*stages, max_epochs=2).fit(module, loader(batch))
+    first, second = notes.experiences
+    assert len(first) > 4
+    assert len(second) == 4
+
+
+class Brief(Verifier):
     """A response is right that has few words, whatever the prompt."""
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
@@ -210,7 +230,7 @@ def test_a_policy_learns_with_it(tmp_path: Path) -> None:
     notes = Notes(tmp_path)
     module = make_chain_sppo(5e-3, mini_batch_size=8, advantage=PooledAdvantage())
     prompts = PromptDataModule(ChainTask({"1-3": 1.0}, size=24), batch_size=8, seed=3)
-    stages = [RolloutGeneration(Sampling(max_new_tokens=8)), NoLongPrompts(), AdaptiveSamples(120, 4), notes]
+    stages = [RolloutGeneration(Sampling(max_new_tokens=8)), Brief(), AdaptiveSamples(120, 4), notes]
     make_trainer(*stages, max_steps=40, max_epochs=-1).fit(module, prompts)
     rewards = [logged["reward/mean"] for logged in notes.logged]
     assert sum(rewards[:4]) / 4 < 0.5
