@@ -1,5 +1,6 @@
 """The pipeline's stages and everything a user adds to it."""
 
+from sppo_lightning.callbacks.adaptive_samples import AdaptiveSamples
 from sppo_lightning.callbacks.checkpoint import Checkpoint
 from sppo_lightning.callbacks.code_verifier import CodeVerifier
 from sppo_lightning.callbacks.collapse_monitor import CollapseMonitor
@@ -30,6 +31,7 @@ from sppo_lightning.callbacks.verifier import Verifier
 from sppo_lightning.callbacks.warm_start_gate import WarmStartGate
 
 __all__ = [
+    "AdaptiveSamples",
     "Checkpoint",
     "CodeVerifier",
     "CollapseMonitor",

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.errors import InputError
-from sppo_lightning.pipeline import Stage
+from sppo_lightning.pipeline import ResamplingStage
 
 
-class DynamicSampling(Stage):
+class DynamicSampling(ResamplingStage):
     """Replaces prompts whose responses all have the same reward, hence no group advantage, by spare prompts.
 
     Spare prompts are sampled and scored by the stages listed before this one, in rounds, until every prompt of
@@ -34,8 +34,6 @@ class DynamicSampling(Stage):
         max_rounds: Most times that spare prompts are sampled for one iteration.
     """
 
-    requires = frozenset({"rollouts", "scores"})
-
     def __init__(self, max_rounds: int = 3) -> None:
         super().__init__()
         if max_rounds < 1:
@@ -46,20 +44,12 @@ class DynamicSampling(Stage):
         self.max_rounds = max_rounds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that all outcome verifiers come first and, to fit, that there are groups and spare prompts."""
+        """Check, to fit, that there are groups and spare prompts too."""
         super().setup(trainer, pl_module, stage)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        position = callbacks.index(self)
-        for late in callbacks[position:]:
-            if "scores" in getattr(late, "provides", ()):
-                name = type(late).__name__
-                raise InputError(
-                    f"`trainer.callbacks` lists DynamicSampling before {name}, whose scores are part of the "
-                    f"reward; move {name} above DynamicSampling."
-                )
         if stage != "fit":
             return
-        for earlier in callbacks[:position]:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for earlier in callbacks[: callbacks.index(self)]:
             samples = getattr(getattr(earlier, "sampling", None), "samples_per_prompt", 2)
             if samples < 2:
                 raise InputError(
@@ -79,17 +69,14 @@ class DynamicSampling(Stage):
             return
         assert batch.rollouts is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        stages = [stage for stage in callbacks[: callbacks.index(self)] if isinstance(stage, Stage)]
         open_places = uninformative(batch.rollouts, len(batch))
         needed, prompts = _over_ranks(trainer, module, len(open_places), len(batch))
         informative_fraction = 1.0 - needed / max(prompts, 1.0)
         rounds, resampled = 0, 0.0
-        # every rank runs every round, if with no prompts, because drawing, sampling and scoring may meet the others
+        # every rank runs every round, if with no prompts
         while needed and rounds < self.max_rounds:
             spare = data.spare_prompts(len(open_places))
-            for stage in stages:
-                stage.run(spare, trainer, module)
+            self.sample(spare, trainer, module)
             rounds, resampled = rounds + 1, resampled + needed
             good = sorted(set(range(len(spare))) - set(uninformative(spare.rollouts, len(spare))))
             replace_prompts(batch, dict(zip(open_places, good, strict=False)), spare)

@@ -55,7 +55,7 @@ def _ask(
     check.begin()
     try:
         rows = _rows(check, rollouts, rewards, at_most)
-        copy = PromptBatch(batch.prompts, batch.token_ids, batch.visits)
+        copy = batch.rows(range(len(batch)))
         copy.rollouts = rollouts.rows(rows)  # with a dict of scores of its own
         check.process(copy, trainer, module)
         scores = copy.rollouts.scores[check.name]

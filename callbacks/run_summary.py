@@ -95,7 +95,7 @@ class RunSummary(Callback):
             row["advantage_mean"] = _number(metrics.get("advantage/mean"))
             row["advantage_std"] = _number(metrics.get("advantage/std"))
             row["policy_grad_norm"] = _number(metrics.get("policy/grad_norm"))
-            row["responses"] = _sampled(batch, metrics) * trainer.world_size
+            row["responses"] = _sampled(batch, metrics, trainer.world_size)
             lengths = None if rollouts is None else rollouts.response_mask.sum(1)
             row["response_tokens"] = None if lengths is None or not len(lengths) else float(lengths.mean())
         self.curve.append(row)
@@ -214,13 +214,14 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {"sampled": by_dataset(metrics, r"avg@\d+"), "greedy": by_dataset(metrics, "greedy")}
 
 
-def _sampled(batch: PromptBatch, metrics: Mapping[str, Any]) -> int:
-    """Responses that this rank has sampled for the iteration: greedy ones and those that were replaced too."""
+def _sampled(batch: PromptBatch, metrics: Mapping[str, Any], ranks: int) -> int:
+    """Responses that all ranks have sampled for the iteration: greedy, extra and replaced ones too."""
     if batch.rollouts is None or not len(batch):
         return 0
-    kept = len(batch.rollouts) + (0 if batch.greedy_rollouts is None else len(batch.greedy_rollouts))
+    alike = len(batch.rollouts) - batch.extra_responses  # as many on every rank
+    kept = alike + (0 if batch.greedy_rollouts is None else len(batch.greedy_rollouts))
     replaced = float(metrics.get("rollout/resampled_prompts", 0.0)) / len(batch)
-    return round(kept * (1 + replaced))
+    return round(kept * (1 + replaced)) * ranks + round(float(metrics.get("adaptive/extra_samples", 0.0)))
 
 
 def _counts(trainer: Trainer) -> bool:

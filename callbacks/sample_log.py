@@ -16,6 +16,7 @@ from torch import Tensor
 from sppo_lightning.batch import PromptBatch, Rollouts
 from sppo_lightning.errors import InputError
 from sppo_lightning.figures import value_against_reward
+from sppo_lightning.ranks import gather_rows
 
 
 class SampleLog(Callback):
@@ -70,8 +71,7 @@ class SampleLog(Callback):
         table = sample_table(rollouts, values, self.samples, self.max_characters)
         figure = None
         if values is not None:
-            both: Any = pl_module.all_gather(torch.stack([values.float(), rollouts.rewards]))
-            predicted, observed = both.reshape(-1, 2, len(rollouts)).transpose(0, 1).reshape(2, -1).cpu()
+            predicted, observed = gather_rows(torch.stack([values.float(), rollouts.rewards], dim=1)).T.cpu()
             figure = value_against_reward(predicted.numpy(), observed.numpy()) if trainer.is_global_zero else None
         for logger in tensorboard_loggers(trainer):
             logger.experiment.add_text("samples", table, step)

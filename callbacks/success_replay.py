@@ -92,7 +92,8 @@ class SuccessReplay(Stage):
         self.coef = coef
         self.half_life_iterations = half_life_iterations
         self.store = SuccessStore(capacity, per_prompt, seed)
-        self.records = PromptRecords(prior_strength, decay)
+        self.prior_strength = prior_strength
+        self.records = PromptRecords(decay)
         self._replayed = False  # for this batch
 
     def begin(self) -> None:
@@ -124,7 +125,9 @@ class SuccessReplay(Stage):
     def _values(self, successes: Sequence[Success], module: SPPOModule) -> Tensor:
         """The chance of each one's prompt now, `[M]`: the critic's, or else what is on record."""
         if module.critic is None or module.critic.reads != "prompt":
-            return torch.tensor([self.records.mean(success.key) for success in successes], dtype=torch.float64)
+            return torch.tensor(
+                [self.records.mean(success.key, self.prior_strength) for success in successes], dtype=torch.float64
+            )
         prompts, ids = [each.prompt for each in successes], [[*each.prompt_ids] for each in successes]
         values = module.prompt_values(PromptBatch(prompts, ids, [0 for _ in successes]))
         assert values is not None
@@ -153,7 +156,7 @@ class SuccessReplay(Stage):
         # sorted, because sums depend on the order, and the order of ranks on how many there are
         seen = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[:2])
         self.records.enter([(key, float(passes)) for key, passes, has_verdict, _ in seen if has_verdict])
-        means = {key: self.records.mean(key, prior) for key, _, _, prior in seen}
+        means = {key: self.records.mean(key, self.prior_strength, prior) for key, _, _, prior in seen}
         risen = {key for key, mean in means.items() if mean >= self.below}
         rare = [
             *(

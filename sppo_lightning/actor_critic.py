@@ -145,7 +145,14 @@ class ActorCritic(PolicyModule):
         would gather its weights in an order of its own.
         """
         batch.value_logits = None  # a batch may be used again, when the critic has learned
-        if self.critic is None or self.critic.reads != "prompt" or is_sharded(self.critic) or not len(batch):
+        asked = any(batch.first_samples)  # about prompts that have responses already
+        if (
+            self.critic is None
+            or self.critic.reads != "prompt"
+            or is_sharded(self.critic)
+            or not len(batch)
+            or asked
+        ):
             yield
             return
         settings = TorchSettings.here(self.device)

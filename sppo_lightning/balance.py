@@ -14,7 +14,7 @@ _WORTH_IT = 1.02  # the most loaded rank's tokens, of the mean, above which rows
 
 
 def balanced(module: Any, update: Experience) -> Experience:
-    """As many rows as in `update`, of those of all ranks together; a collective.
+    """About as many rows as other ranks get, of those of all ranks together; a collective.
 
     What is learned from them does not depend on where: losses are shares of the mini-batch over all ranks.
 
@@ -49,7 +49,7 @@ def _tokens(module: Any, update: Experience) -> list[int]:
 
 
 def destinations(costs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rank that each row of each rank goes to; all ranks have as many rows as before.
+    """The rank that each row of each rank goes to; all ranks have the same number of rows, or one more or less.
 
     The costliest rows first, each to the rank that has least so far. Rows stay where they are if that is as good.
     """
@@ -57,7 +57,8 @@ def destinations(costs: Sequence[Sequence[int]]) -> list[list[int]]:
     before = max(map(sum, costs))
     if before * len(costs) <= _WORTH_IT * sum(map(sum, costs)):
         return stay
-    loads, places = [0] * len(costs), [len(own) for own in costs]
+    total, ranks = sum(map(len, costs)), len(costs)
+    loads, places = [0] * ranks, [total // ranks + (rank < total % ranks) for rank in range(ranks)]
     targets = [list(own) for own in stay]
     rows = [(cost, rank, i) for rank, own in enumerate(costs) for i, cost in enumerate(own)]
     for cost, home, i in sorted(rows, key=lambda row: -row[0]):

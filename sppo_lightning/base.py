@@ -125,7 +125,8 @@ class PolicyModule(ResumableModule):
 
     def end_iteration(self, samples: int, update_seconds: float) -> None:
         """Count what this rank has learned from; log phases, which start anew, and the largest peaks of memory."""
-        self.record.count(self.trainer, samples)
+        over_ranks = self.trainer.strategy.reduce(torch.tensor(samples, device=self.device), reduce_op="sum")
+        self.record.count(self.trainer, int(over_ranks))
         seconds = {"rollout": 0.0, "verify": 0.0, **self.phase_seconds, "update": update_seconds}
         total = max(sum(seconds.values()), 1e-9)
         self.log_dict({f"time/{phase}": value for phase, value in seconds.items()})

@@ -223,11 +223,19 @@ class PromptBatch:
     No dataclass, because Lightning's precision plugins take those apart and fail on frozen ones such as `Prompt`.
     """
 
-    def __init__(self, prompts: list[Prompt], token_ids: list[list[int]], visits: list[int]) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        token_ids: list[list[int]],
+        visits: list[int],
+        first_samples: list[int] | None = None,
+    ) -> None:
         self.prompts = prompts  # B; may be empty on a rank whose share of the last batch is empty
         self.token_ids = token_ids  # B unpadded prompts in the policy's tokenizer
         self.visits = visits  # B, tells a prompt's draws apart, below 0 for a spare; keys the sampling noise
+        self.first_samples = first_samples or [0] * len(prompts)  # B, responses that there are already; keys it too
         self.rollouts: Rollouts | None = None  # set by RolloutGeneration
+        self.extra_responses = 0  # how many of the rollouts' rows, the last ones, AdaptiveSamples has added
         self.value_logits: Tensor | None = None  # [B], `v` of a critic that reads prompts, where asked ahead
         self.greedy_rollouts: Rollouts | None = None  # one greedy response per prompt, where asked for
         self.found: list[Success] = []  # by SearchHopeless; no samples of the policy
@@ -242,15 +250,19 @@ class PromptBatch:
         return None if self.draw_upcoming is None else self.draw_upcoming()
 
     @property
-    def keys(self) -> list[tuple[str, int, int]]:
-        """What tells each prompt's responses from all others of the run: data set, row and visit."""
-        pairs = zip(self.prompts, self.visits, strict=True)
-        return [(prompt.dataset, prompt.row, visit) for prompt, visit in pairs]
+    def keys(self) -> list[tuple[str, int, int, int]]:
+        """What tells each prompt's responses from all others of the run: data set, row, visit and first sample."""
+        rows = zip(self.prompts, self.visits, self.first_samples, strict=True)
+        return [(prompt.dataset, prompt.row, visit, first) for prompt, visit, first in rows]
+
+    def noise_key(self, row: int, sample: int) -> tuple[Prompt, int, int]:
+        """What keys the noise of a response to the prompt in a row: prompt, visit and number among its samples."""
+        return self.prompts[row], self.visits[row], self.first_samples[row] + sample
 
     def rows(self, index: Sequence[int]) -> PromptBatch:
         """The prompts at `index`, in that order, as a new batch to which no stage has added anything."""
-        prompts, token_ids = [self.prompts[i] for i in index], [self.token_ids[i] for i in index]
-        return PromptBatch(prompts, token_ids, [self.visits[i] for i in index])
+        columns = (self.prompts, self.token_ids, self.visits, self.first_samples)
+        return PromptBatch(*([column[i] for i in index] for column in columns))  # type: ignore[arg-type]
 
     def to(self, *_: Any, **__: Any) -> Self:
         """The batch itself: it holds text, and the engine puts its tensors on the right device."""

@@ -39,6 +39,20 @@ def mini_batches(rows: int, rows_per_mini_batch: int) -> list[range]:
     return [range(start, start + rows_per_mini_batch) for start in range(0, rows, rows_per_mini_batch)]
 
 
+def with_extra(parts: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[int]]:
+    """Mini-batches that hold the rows behind all of theirs too, each beside the last other row of its prompt.
+
+    Args:
+        parts: Rows of each mini-batch.
+        prompts: The prompt of every row, those of no part included.
+    """
+    filled = [list(part) for part in parts]
+    part_of = {prompts[row]: part for part in filled for row in part}
+    for row in range(sum(map(len, parts)), len(prompts)):
+        part_of[prompts[row]].append(row)
+    return filled
+
+
 def micro_batches(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
     """Group rows so that no forward is of more than `max_tokens`, padding included.
 

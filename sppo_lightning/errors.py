@@ -29,6 +29,12 @@ def check_settings(owner: str, *checks: tuple[str, float, bool, str]) -> None:
             raise InputError(f"`{owner}.{name}`={value} cannot be used; it must be {allowed}.")
 
 
+def check_decay(owner: Any, name: str, value: float) -> None:
+    """Raise `InputError` where a setting says what share is left of something, and is no share."""
+    if not 0 <= value <= 1:
+        raise InputError(f"`{type(owner).__name__}.{name}`={value} is no share to keep; use 0 to 1, such as 0.9.")
+
+
 def nearest(word: str, options: Collection[str]) -> str:
     """`", the nearest is …"` for the option most like `word`, or the empty string where none is like it."""
     close = difflib.get_close_matches(word, list(options), n=1)

@@ -14,7 +14,7 @@ from sppo_lightning.actor_critic import ActorCritic
 from sppo_lightning.advantages import Advantage, SequenceAdvantage
 from sppo_lightning.balance import balanced
 from sppo_lightning.batch import PromptBatch, Rollouts
-from sppo_lightning.batching import check_mini_batch_size, mini_batches
+from sppo_lightning.batching import check_mini_batch_size, mini_batches, with_extra
 from sppo_lightning.combination import KLPlace, check_combination, check_sampling
 from sppo_lightning.experience import Experience, MicroBatch, Outcomes, Replayed, teaching
 from sppo_lightning.functional import KLEstimator
@@ -47,7 +47,8 @@ class SPPOModule(ActorCritic):
         policy_optimizer: Learning rate and its warm-up, weight decay and gradient clip of the policy.
         critic_optimizer: The same of the critic.
         lr_schedule: How learning rates go on after their warm-up, in updates.
-        mini_batch_size: Sequences of one update over all ranks; the whole iteration when left out.
+        mini_batch_size: Sequences of one update over all ranks, and any that AdaptiveSamples adds to their prompts
+            besides; the whole iteration when left out.
         micro_batch_tokens: Token budget of one forward and backward on one rank, padding included.
         kl_coef: Weight of the KL penalty to the reference; 0 loads no reference.
         kl_estimator: Estimator of that KL divergence.
@@ -117,7 +118,7 @@ class SPPOModule(ActorCritic):
             outcomes = self.outcomes(batch, rollouts)
             # A = R − V, before this batch's updates, the same for every token, not whitened
             experience = self.experience(outcomes, self.advantage(outcomes))
-        parts = self.mini_batch_rows(len(experience))
+        parts = self.mini_batch_rows(rollouts, batch.extra_responses)
         updates = [balanced(self, experience.rows(part)) for part in parts]
         for part, update, old_log_probs in zip(parts, updates, self.ratio_denominators(updates), strict=True):
             replayed, attempt = self.replayed(update), Attempt(old_log_probs=old_log_probs, **vars(update))
@@ -193,11 +194,11 @@ class SPPOModule(ActorCritic):
 
     # ------------------------------------------------------------------ how the iteration is cut
 
-    def mini_batch_rows(self, rows: int) -> list[range]:
-        """The rows of this rank that belong to each update."""
-        ranks = self.trainer.world_size
+    def mini_batch_rows(self, rollouts: Rollouts, extra: int) -> list[list[int]]:
+        """The rows of this rank that belong to each update; the last `extra` ones go with their prompts' first."""
+        ranks, rows = self.trainer.world_size, len(rollouts) - extra
         size = check_mini_batch_size(rows * ranks, self.mini_batch_size, ranks)
-        return mini_batches(rows, size // ranks)
+        return with_extra(mini_batches(rows, size // ranks), rollouts.prompt_index.tolist())
 
     def rows_that_move_the_policy(self, update: Experience) -> list[int]:
         """The rows of the policy's forward: where the advantage is exactly 0 there is no gradient, but a KL's."""

@@ -68,6 +68,41 @@ class Stage(Callback):
         self._start_batch(trainer, pl_module, batch)
 
 
+class ResamplingStage(Stage):
+    """A stage that has more responses sampled and scored, by the stages before it, once there are rewards.
+
+    It comes after all outcome verifiers, and there is one of its kind. A callback before it that is no stage sees
+    the batch as it was drawn.
+    """
+
+    requires = frozenset({"rollouts", "scores"})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that all outcome verifiers come first, and that no other stage changes what is sampled."""
+        super().setup(trainer, pl_module, stage)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        own = type(self).__name__
+        for late in callbacks[callbacks.index(self) + 1 :]:
+            name = type(late).__name__
+            if "scores" in getattr(late, "provides", ()):
+                raise InputError(
+                    f"`trainer.callbacks` lists {own} before {name}, whose scores are part of the reward; move "
+                    f"{name} above {own}."
+                )
+            if isinstance(late, ResamplingStage):
+                raise InputError(
+                    f"`trainer.callbacks` lists {own} and {name}, each of which decides alone what else is "
+                    "sampled; keep one of them."
+                )
+
+    def sample(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
+        """Run the stages before this one on `batch`; a collective, for drawing and scoring may meet other ranks."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for stage in callbacks[: callbacks.index(self)]:
+            if isinstance(stage, Stage):
+                stage.run(batch, trainer, module)
+
+
 _SUGGESTED = {
     "rollouts": "sppo_lightning.callbacks.RolloutGeneration",
     "scores": "a verifier such as sppo_lightning.callbacks.MathVerifier",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -23,6 +24,11 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     if ranks > 1:
         dist.all_gather_object(found, value, group)
     return found
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks' tensors, by rank, of which each may have another number; a collective."""
+    return torch.cat(gather_objects(rows.cpu())).to(rows.device)
 
 
 def exchange_bytes(parts: Sequence[bytes], device: torch.device) -> list[bytes]:

@@ -38,9 +38,9 @@ class RunRecord:
         self.datasets = [path] if isinstance(path, str) and is_hub_id(path) else []
 
     def count(self, trainer: Trainer, samples: int) -> None:
-        """Add an iteration that has learned from `samples` on each rank."""
+        """Add an iteration that has learned from `samples` over all ranks."""
         self.updates = trainer.global_step
-        self.samples += samples * trainer.world_size
+        self.samples += samples
 
     def resume(self, earlier: RunRecord) -> None:
         """Go on from the counts and results of the run before."""

@@ -14,12 +14,10 @@ class PromptRecords:
     """Two numbers per prompt, and a running mean over all prompts; alike on ranks that enter the same.
 
     Args:
-        prior_strength: `k`, the responses that the prior counts as, above 0.
         decay: What is left of a prompt's sums at its next visit, because the policy has moved on.
         running_decay: What is left of the sums over all prompts after an iteration.
     """
 
-    prior_strength: float
     decay: float
     running_decay: float = 0.9
     sums: dict[Key, tuple[float, float]] = field(default_factory=dict)  # s and n: rewards and responses
@@ -31,11 +29,21 @@ class PromptRecords:
         """The running mean of the rewards; 0.5 before the first one."""
         return self.rewards / self.responses if self.responses else 0.5
 
-    def mean(self, key: Key, prior: float | None = None) -> float:
-        """Posterior mean `(k·p + s) / (k + n)`, prior Beta(k·p, k·(1 − p)); p is the running mean by default."""
-        successes, responses = self.sums.get(key, (0.0, 0.0))
+    def of(self, key: Key) -> tuple[float, float]:
+        """`s` and `n` of a prompt: the decayed sums of its rewards and of its responses."""
+        return self.sums.get(key, (0.0, 0.0))
+
+    def mean(self, key: Key, strength: float, prior: float | None = None) -> float:
+        """Posterior mean `(k·p + s) / (k + n)` under the prior Beta(k·p, k·(1 − p)).
+
+        Args:
+            key: Whose.
+            strength: `k`, the responses that the prior counts as, above 0.
+            prior: `p`; the running mean where left out.
+        """
+        successes, responses = self.of(key)
         prior = self.running_mean if prior is None else prior
-        return (self.prior_strength * prior + successes) / (self.prior_strength + responses)
+        return (strength * prior + successes) / (strength + responses)
 
     def enter(self, rewards: Sequence[tuple[Key, float]]) -> None:
         """Add an iteration's rewards; several responses to a prompt are one visit."""
@@ -44,7 +52,7 @@ class PromptRecords:
         self.rewards = self.running_decay * self.rewards + sum(reward for _, reward in rewards)
         self.responses = self.running_decay * self.responses + len(rewards)
         for key in {key for key, _ in rewards}:
-            successes, responses = self.sums.get(key, (0.0, 0.0))
+            successes, responses = self.of(key)
             self.sums[key] = (self.decay * successes, self.decay * responses)
         for key, reward in rewards:
             successes, responses = self.sums[key]

@@ -30,9 +30,9 @@ class SamplingAhead:
     """
 
     def __init__(self) -> None:
-        self._keys: list[tuple[str, int, int]] | None = None  # of the batch that is sampled, or has been
+        self._keys: list[tuple[str, int, int, int]] | None = None  # of the batch that is sampled, or has been
         self._sampled: Future[Sampled] | None = None
-        self._taken: tuple[list[tuple[str, int, int]], Sampled] | None = None  # what is not learned from yet
+        self._taken: tuple[list[tuple[str, int, int, int]], Sampled] | None = None  # what is not learned from yet
         self._thread: ThreadPoolExecutor | None = None
 
     def start(self, batch: PromptBatch, sample: Callable[[PromptBatch], Sampled], settings: TorchSettings) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sppo_lightning.advantages import SequenceAdvantage
-from sppo_lightning.errors import InputError
+from sppo_lightning.errors import InputError, check_decay
 from sppo_lightning.experience import Outcomes
 from sppo_lightning.ranks import gather_objects
 from sppo_lightning.records import PromptRecords
@@ -37,13 +37,11 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
                 f"`ShrunkSequenceAdvantage.prior_strength`={prior_strength} leaves a prompt without a record no "
                 "baseline; use more than 0, such as 2."
             )
-        for name, value in (("decay", decay), ("running_decay", running_decay)):
-            if not 0 <= value <= 1:
-                raise InputError(
-                    f"`ShrunkSequenceAdvantage.{name}`={value} is no share to keep; use 0 to 1, such as 0.9."
-                )
+        check_decay(self, "decay", decay)
+        check_decay(self, "running_decay", running_decay)
+        self.prior_strength = prior_strength
         self.running_decay = running_decay
-        self.records = PromptRecords(prior_strength, decay, running_decay)  # m, and p, its running mean
+        self.records = PromptRecords(decay, running_decay)  # m, and p, its running mean
         self.critic_error = self.record_error = 0.0  # running sums of squares, over the same responses
 
     @property
@@ -56,7 +54,8 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         """`[N]`; see `Advantage`."""
         assert outcomes.value_logits is not None
         values = outcomes.value_logits.sigmoid()
-        means = [self.records.mean((prompt.dataset, prompt.row)) for prompt in outcomes.rollouts.prompts]
+        keys = [(prompt.dataset, prompt.row) for prompt in outcomes.rollouts.prompts]
+        means = [self.records.mean(key, self.prior_strength) for key in keys]
         records = torch.tensor(means, dtype=values.dtype, device=values.device)
         return outcomes.penalized_rewards - (self.weight * values + (1 - self.weight) * records)
 
@@ -79,7 +78,7 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         if not rows:
             return {"critic/shrinkage_weight": self.weight}
         critic_error = sum((reward - value) ** 2 for _, reward, value in rows)
-        record_error = sum((reward - self.records.mean(key)) ** 2 for key, reward, _ in rows)
+        record_error = sum((reward - self.records.mean(key, self.prior_strength)) ** 2 for key, reward, _ in rows)
         metrics = {"critic/shrinkage_weight": self.weight, "critic/record_brier": record_error / len(rows)}
         self.critic_error = self.running_decay * self.critic_error + critic_error
         self.record_error = self.running_decay * self.record_error + record_error

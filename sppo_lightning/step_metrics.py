@@ -13,6 +13,7 @@ from sppo_lightning.batch import Rollouts
 from sppo_lightning.calibration import critic_metrics
 from sppo_lightning.experience import Experience, MicroBatch
 from sppo_lightning.meter import Meter
+from sppo_lightning.ranks import gather_rows
 from sppo_lightning.skipping import Attempt
 
 
@@ -100,7 +101,7 @@ def iteration_metrics(module: Any, experience: Experience) -> dict[str, Tensor]:
     values = experience.values
     columns = [experience.rewards, experience.verdicts.float()]
     columns += [] if values is None else [values if values.ndim == 1 else values[:, 0]]  # V(s_p)
-    table = torch.as_tensor(module.all_gather(torch.stack(columns, dim=1))).reshape(-1, len(columns))
+    table = gather_rows(torch.stack(columns, dim=1))
     table = table[table[:, 1] > 0]
     rewards = table[:, 0]
     metrics = {"reward/mean": rewards.mean(), **_advantage_metrics(module, experience)}

@@ -47,6 +47,16 @@ class Parity(Verifier):
         ]
 
 
+class Fated(Verifier):
+    """The first 8 rows are always right, the next 8 always wrong, and chance decides the others."""
+
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
+        return [
+            float(prompt.row < 8) if prompt.row < 16 else float(len(text) % 2)
+            for prompt, text in zip(prompts, responses, strict=True)
+        ]
+
+
 def run(
     devices: int = 1,
     silent: int = 0,

@@ -36,6 +36,16 @@ def test_ranks_get_about_as_many_tokens_and_as_many_rows_as_they_had(ranks: int)
     assert after < 1.02 * mean < before
 
 
+def test_ranks_with_more_rows_than_others_hand_them_on():
+    generator = random.Random(0)
+    costs = [[round(generator.lognormvariate(6, 0.8)) for _ in range(count)] for count in (2, 23, 1, 9)]
+    targets = destinations(costs)
+    assert [sum(row.count(rank) for row in targets) for rank in range(4)] == [9, 9, 9, 8]
+    assert max(loads(costs, targets)) < 1.02 * sum(map(sum, costs)) / 4
+    assert destinations([[1, 1, 1, 1, 0, 0], [0]]) == [[0, 1, 0, 1, 0, 0], [1]]
+    assert destinations([[6], [2, 2, 2]]) == [[0], [1, 1, 1]]  # as good as can be
+
+
 @pytest.mark.parametrize(
     "costs",
     [

@@ -28,6 +28,7 @@ EXPECTED = {  # what the article, or the paper of the algorithm, is known by
     "ppo_bce": {"advantage": "GAE", "critic": "TokenCritic", "critic_objective": "BinaryCrossEntropy"},
     "remax": {"advantage": "GreedyBaselineAdvantage", "critic": None, "samples": 1},
     "rloo": {"advantage": "LeaveOneOutAdvantage", "critic": None, "samples": 5},
+    "sppo_adaptive": {"advantage": "PooledAdvantage", "critic": "PromptCritic", "samples": 1},
     "sppo_critic_replay": {
         "advantage": "SequenceAdvantage",
         "critic": "PromptCritic",
@@ -68,7 +69,7 @@ def small(overlay: Path) -> dict[str, Any]:
     settings["policy_optimizer"]["warmup_updates"] = 0
     trainer = config["trainer"]
     trainer |= {"max_time": None, "max_epochs": 1, "limit_train_batches": 2, "logger": False}
-    kept = ("RolloutGeneration", "ReferenceRefresh", "LengthPenalty", "DynamicSampling")
+    kept = ("RolloutGeneration", "ReferenceRefresh", "LengthPenalty", "DynamicSampling", "AdaptiveSamples")
     stages = [entry for entry in trainer["callbacks"] if entry["class_path"].endswith(kept)]
     half_right = {"class_path": "tiny.AnyDigit"}  # so that a policy with random weights has something to learn
     trainer["callbacks"] = [stages[0], half_right, *stages[1:]]

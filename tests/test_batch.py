@@ -205,8 +205,10 @@ def test_a_prompt_batch_stays_where_it_is():
 
 def test_rows_of_a_batch_are_a_new_batch_without_what_stages_added():
     prompts = [Prompt("a", "1", "sums", 0), Prompt("b", "2", "sums", 1)]
-    batch = PromptBatch(prompts, [[7], [8, 9]], [0, 3])
+    batch = PromptBatch(prompts, [[7], [8, 9]], [0, 3], [0, 2])
     batch.rollouts = rollouts()
     picked = batch.rows([1])
     assert (picked.prompts, picked.token_ids, picked.visits, picked.rollouts) == ([prompts[1]], [[8, 9]], [3], None)
+    assert (picked.first_samples, picked.keys) == ([2], [("sums", 1, 3, 2)])
+    assert picked.noise_key(0, 4) == (prompts[1], 3, 6)
     assert len(batch.rows([])) == 0

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from sppo_lightning.batching import check_mini_batch_size, micro_batches, mini_batches
+from sppo_lightning.batching import check_mini_batch_size, micro_batches, mini_batches, with_extra
 from sppo_lightning.errors import InputError
 
 
@@ -41,6 +41,13 @@ def test_mini_batches_are_consecutive():
     assert [list(rows) for rows in mini_batches(6, 2)] == [[0, 1], [2, 3], [4, 5]]
     assert [list(rows) for rows in mini_batches(3, 3)] == [[0, 1, 2]]
     assert mini_batches(0, 2) == []
+
+
+def test_extra_rows_go_where_the_last_of_their_prompt_is():
+    # prompts 0, 0, 1, 2 in mini-batches of 2 rows; then one more response to 2, two to 0 and one to 1
+    assert with_extra(mini_batches(4, 2), [0, 0, 1, 2, 2, 0, 0, 1]) == [[0, 1, 5, 6], [2, 3, 4, 7]]
+    assert with_extra(mini_batches(4, 1), [0, 0, 1, 2, 0]) == [[0], [1, 4], [2], [3]]
+    assert with_extra(mini_batches(4, 4), [0, 0, 1, 2]) == [[0, 1, 2, 3]]
 
 
 def test_interleaved_ranks_share_each_mini_batch():

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain_run import check_same, grpo, ppo, run
+from chain_run import Fated, check_same, grpo, ppo, run
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tiny import make_chain_policy, make_chain_sppo, make_trainer
 
 from sppo_lightning import SFTModule
-from sppo_lightning.batch import Prompt, PromptBatch
-from sppo_lightning.callbacks import RolloutGeneration, Verifier
+from sppo_lightning.batch import PromptBatch
+from sppo_lightning.callbacks import RolloutGeneration
 from sppo_lightning.data import (
     ChainTask,
     Curriculum,
@@ -189,16 +189,6 @@ def test_what_is_logged_of_an_iteration(tmp_path: Path, settings: dict[str, Any]
         assert logged["nonzero_fraction"] == pytest.approx(sum(moves.values()) / len(moves))
         assert logged["coverage"] == pytest.approx(len(seen) / 24)
     assert len(notes.logged) >= 3
-
-
-class Fated(Verifier):
-    """The first 8 rows are always right, the next 8 always wrong, and chance decides the others."""
-
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float | None]:
-        return [
-            float(prompt.row < 8) if prompt.row < 16 else float(len(text) % 2)
-            for prompt, text in zip(prompts, responses, strict=True)
-        ]
 
 
 def fated(

@@ -20,6 +20,7 @@ from tiny_config import EXACT, ROLLOUT, write_files
 from sppo_lightning.batch import Prompt
 from sppo_lightning.calibration import confidence_metrics
 from sppo_lightning.callbacks import (
+    AdaptiveSamples,
     CodeVerifier,
     CollapseMonitor,
     CompletionLog,
@@ -38,6 +39,8 @@ from sppo_lightning.collapse import CollapseLimits
 from sppo_lightning.data import PassRateCurriculum, SolvabilityCurriculum, StagedCurriculum
 from sppo_lightning.engines import TreeSearchEngine
 from sppo_lightning.found_losses import Demonstrations, OffPolicySamples
+from sppo_lightning.pooling import PooledAdvantage
+from sppo_lightning.uncertainty import CriticVariance
 from sppo_lightning.verification.drift import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +168,24 @@ def test_the_pages_curricula(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     cli = command_line(["fit", "-c", "config.yaml", "-c", str(ROOT / "configs/curriculum.yaml")])
     assert {f"curriculum/{name}" for name in ("coverage", "expected_pass_rate")} <= {*cli.trainer.callback_metrics}
     assert cli.trainer.callback_metrics["curriculum/coverage"] == 1.0
+
+
+def test_the_pages_adaptive_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    block = block_of("docs/adaptive-samples.md", "yaml", "AdaptiveSamples")
+    overlay = ROOT / "configs/baselines/sppo_adaptive.yaml"
+    assert yaml.safe_load(block) == yaml.safe_load(overlay.read_text())
+    monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
+    monkeypatch.chdir(tmp_path)
+    write_files({})
+    cli = command_line(["fit", "-c", "config.yaml", "-c", str(overlay)])
+    found = only(AdaptiveSamples, cli.trainer.callbacks)
+    assert (found.budget_tokens, found.max_samples, type(found.uncertainty)) == (14000, 8, CriticVariance)
+    plain, pooled = PooledAdvantage(), cli.model.advantage
+    for setting in ("estimate", "running_decay"):
+        assert getattr(pooled, setting) == getattr(plain, setting)
+    names = re.findall(r"`((?:adaptive|critic)/\w+)`", (ROOT / "docs/adaptive-samples.md").read_text())
+    assert {*names} <= {*cli.trainer.callback_metrics}
+    assert cli.trainer.callback_metrics["adaptive/samples_per_prompt"] == 8.0
 
 
 def test_the_pages_policy_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

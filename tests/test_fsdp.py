@@ -14,10 +14,18 @@ from tiny import make_chain_sppo, make_trainer
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from sppo_lightning.callbacks import HFExport, MemoryPlan, ReferenceRefresh, SamplerParity, WarmStartGate
+from sppo_lightning.callbacks import (
+    AdaptiveSamples,
+    HFExport,
+    MemoryPlan,
+    ReferenceRefresh,
+    SamplerParity,
+    WarmStartGate,
+)
 from sppo_lightning.data import SolvabilityCurriculum
 from sppo_lightning.errors import InputError
 from sppo_lightning.models import LoRA
+from sppo_lightning.pooling import PooledAdvantage
 
 
 def fsdp(group: int = 1, **settings: Any) -> ModelParallelStrategy:
@@ -78,6 +86,17 @@ def test_every_family_does_on_two_processes_what_it_does_on_one(
     one = run(1, **family())
     for weights, metrics, _ in both:
         check_same(one, (weights, metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_extra_responses_are_the_same(tmp_path: Path) -> None:
+    stage, settings = AdaptiveSamples(100, 4), {"advantage": PooledAdvantage()}
+    both, one = on_ranks(2, tmp_path, sharded, 0, stage, **settings), run(1, 0, None, 6, stage, **settings)
+    assert one[1]["adaptive/extra_samples"] > 0
+    for weights, metrics, _ in both:
+        check_same(one, (weights, metrics))
+        assert metrics["adaptive/tokens"] == one[1]["adaptive/tokens"]
 
 
 @pytest.mark.slow

@@ -28,9 +28,9 @@ def test_weight_and_record_after_one_and_two_visits():
     assert logged == {"critic/shrinkage_weight": 1.0, "critic/record_brier": pytest.approx(0.25)}
     assert advantage.weight == pytest.approx(1 / (1 + 15 / 16))  # = 16/31, more to the better predictor
     # p = 1/4, so m = (2/4 + 1) / (2 + 1) = 1/2 for the solved one, 1/6 for the others, 1/4 without a record
-    means = [advantage.records.mean(("sums", row)) for row in (0, 1, 9)]
+    means = [advantage.records.mean(("sums", row), 2.0) for row in (0, 1, 9)]
     assert means == pytest.approx([1 / 2, 1 / 6, 1 / 4])
-    assert advantage.records.mean(("other", 0)) == pytest.approx(1 / 4)  # the same row of another data set
+    assert advantage.records.mean(("other", 0), 2.0) == pytest.approx(1 / 4)  # the same row of another data set
     second = outcomes([(0, 1.0, HALF), (1, 1.0, QUARTER)])
     w = 16 / 31
     assert advantage(second).tolist() == pytest.approx([1 - 1 / 2, 1 - w / 4 - (1 - w) / 6])
@@ -43,7 +43,7 @@ def test_weight_and_record_after_one_and_two_visits():
     record, critic = 1 / 2 + 1 / 4 + 25 / 36, 15 / 32 + 1 / 4 + 9 / 16
     assert advantage.weight == pytest.approx(record / (record + critic))
     # p = (1/2 + 2) / (4/2 + 2) = 5/8; s and n of row 0: 1/2 + 1 = 3/2 of 3/2; of row 1: 1 of 3/2
-    means = [advantage.records.mean(("sums", row)) for row in (0, 1, 9)]
+    means = [advantage.records.mean(("sums", row), 2.0) for row in (0, 1, 9)]
     assert means == pytest.approx([(5 / 4 + 3 / 2) / 3.5, (5 / 4 + 1) / 3.5, 5 / 8])
 
 

@@ -214,7 +214,7 @@ class _SharedWeights:
 def _without_text(batch: PromptBatch) -> PromptBatch:
     """What an engine needs of a batch: ids, and what keys the noise."""
     prompts = [Prompt("", "", prompt.dataset, prompt.row) for prompt in batch.prompts]
-    return PromptBatch(prompts, batch.token_ids, batch.visits)
+    return PromptBatch(prompts, batch.token_ids, batch.visits, batch.first_samples)
 
 
 def _serve(connection: Connection, engine: Engine) -> None:

@@ -103,7 +103,7 @@ def request_noise(
     noise = np.zeros((len(requests), sampling.max_new_tokens), dtype=np.float32)
     if sampling.temperature > 0:
         for row, (i, sample) in enumerate(requests):
-            noise[row] = token_noise(seed, batch.prompts[i], batch.visits[i], sample, sampling.max_new_tokens)
+            noise[row] = token_noise(seed, *batch.noise_key(i, sample), sampling.max_new_tokens)
     return noise
 
 

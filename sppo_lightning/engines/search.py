@@ -110,6 +110,7 @@ class SearchEngine(Engine):
             ],
             [batch.token_ids[request.prompt_index] + request.prefix for request in requests],
             [batch.visits[request.prompt_index] for request in requests],
+            [batch.first_samples[request.prompt_index] for request in requests],
         )
         answers: list[list[Response]] = [[] for _ in requests]
         for response in sorted(self._wrapped.stream(prompts, sampling), key=lambda each: each.sample):

@@ -30,7 +30,7 @@ def request_settings(sampling: Sampling, end_of_sequence: Sequence[int]) -> dict
 
 def seed_of(seed: int, batch: PromptBatch, place: tuple[int, int]) -> int:
     """The seed of a response, given by its prompt's row and its sample: 63 bits, which is what vLLM takes."""
-    return request_seed(seed, batch.prompts[place[0]], batch.visits[place[0]], place[1]) % 2**63
+    return request_seed(seed, *batch.noise_key(*place)) % 2**63
 
 
 def check_answer(who: str, token_ids: Sequence[int], log_probs: Sequence[float], reason: Any) -> None:

@@ -16,6 +16,7 @@ from sppo_lightning.functional.advantages import (
     group_advantage,
     last_token_rewards,
     leave_one_out_advantage,
+    pooled_advantage,
     sequence_advantage,
     whiten_tokens,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "kl_penalty",
     "last_token_rewards",
     "leave_one_out_advantage",
+    "pooled_advantage",
     "sequence_advantage",
     "sequence_clip_objective",
     "token_clip_objective",

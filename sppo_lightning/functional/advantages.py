@@ -140,6 +140,27 @@ def leave_one_out_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
     return centred * (others + 1) / others
 
 
+def pooled_advantage(
+    rewards: Tensor, values: Tensor, groups: Tensor, judged: Tensor, prior_strength: float
+) -> Tensor:
+    """`A_i = R_i − (k·V + Σ_{j≠i} R_j) / (k + n − 1)` `[N]`: V pooled with the prompt's other responses.
+
+    Exactly `R − V` for a prompt with one judged response: computed as `R_i − V − Σ_{j≠i} (R_j − V) / (k + n − 1)`.
+
+    Args:
+        rewards: `R`.
+        values: `[N]`, V, the same for all responses to a prompt.
+        groups: int64, 0 or more; equal numbers mark the responses to one prompt, in any order.
+        judged: `[N]`, bool; False for a response without a verdict, which counts for none of the others.
+        prior_strength: `k`, the responses that V counts as.
+    """
+    surprises = rewards - values
+    kept, none = keep(surprises, judged), surprises.new_zeros(int(groups.max()) + 1 if len(groups) else 0)
+    counts = judged.to(surprises.dtype)
+    total, size = (none.index_add(0, groups, each)[groups] for each in (kept, counts))
+    return surprises - (total - kept) / (prior_strength + size - counts)
+
+
 def greedy_baseline_advantage(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     """ReMax's advantage `[N]` (arXiv 2310.10505): the reward minus that of the prompt's greedy response."""
     return rewards - greedy_rewards

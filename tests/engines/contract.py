@@ -219,6 +219,9 @@ class EngineContract:
         assert first == ids(sample(engine, policy, batch, samples_per_prompt=2))
         assert all(a != b for a, b in zip(first[::2], first[1::2], strict=True))
         assert first[::2] == ids(sample(engine, policy, batch))  # a sample is the same however many there are
+        behind = make_batch(policy, TEXTS)
+        behind.first_samples = [1] * len(behind)
+        assert ids(sample(engine, policy, behind)) == first[1::2]  # the second of two, without the first
         batch.visits = [1, *batch.visits[1:]]
         second = ids(sample(engine, policy, batch))
         assert second[0] != first[0]

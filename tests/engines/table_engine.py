@@ -32,7 +32,7 @@ class TableEngine(Engine):
         stop = StopStrings(self.policy.tokenizer, sampling.stop)
         requests = [(i, s) for i in range(len(batch)) for s in range(sampling.samples_per_prompt)]
         for i, sample in reversed(requests):  # an order that nobody may rely on
-            noise = token_noise(run_seed(), batch.prompts[i], batch.visits[i], sample, sampling.max_new_tokens)
+            noise = token_noise(run_seed(), *batch.noise_key(i, sample), sampling.max_new_tokens)
             ids, log_probs, stopped = [], [], False
             words = self.policy.tokenizer.convert_ids_to_tokens(batch.token_ids[i][self.prompt_tokens :])
             while not stopped and len(ids) < sampling.max_new_tokens:

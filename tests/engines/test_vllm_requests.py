@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from sppo_lightning.batch import Prompt, PromptBatch
 from sppo_lightning.engines import NCCLTransfer, Sampling, VLLMEngine
-from sppo_lightning.engines.vllm_requests import check_answer, request_settings
+from sppo_lightning.engines.vllm_requests import check_answer, request_settings, seed_of
 from sppo_lightning.errors import InputError
 
 
@@ -31,6 +32,18 @@ def test_a_transfer_without_vllm_says_what_to_install(monkeypatch: pytest.Monkey
 def test_a_share_of_the_memory_that_is_none(share: float):
     with pytest.raises(InputError, match=f"^`gpu_memory_utilization`={share} of VLLMEngine must be above 0 and"):
         VLLMEngine(share)
+
+
+def test_a_seed_is_the_samples_own_whoever_asks_for_it():
+    prompt = Prompt("a", "", "sums", 4)
+    first, behind = PromptBatch([prompt], [[5]], [2]), PromptBatch([prompt] * 2, [[5]] * 2, [2, 2], [1, 3])
+    expected = [seed_of(7, first, (0, sample)) for sample in range(5)]
+    assert len(set(expected)) == 5
+    assert [seed_of(7, behind, (0, 0)), seed_of(7, behind, (1, 0)), seed_of(7, behind, (1, 1))] == [
+        expected[1],
+        expected[3],
+        expected[4],
+    ]
 
 
 def test_settings_have_vllms_names():

@@ -15,6 +15,22 @@ def test_sequence_advantage_by_hand():
     )
 
 
+def test_pooled_advantage_by_hand():
+    # k = 3; group 1: V = 1/2 and 1, 0, 1; group 0: V = 1/4 and one response; group 4: one of two is judged
+    advantages = math_of.pooled_advantage(
+        tensor(1.0, 0.25, 0.0, 1.0, 0.75, 0.0),
+        tensor(0.5, 0.25, 0.5, 0.5, 0.125, 0.125),
+        torch.tensor([1, 0, 1, 1, 4, 4]),
+        torch.tensor([True, True, True, True, True, False]),
+        3.0,
+    )
+    # 1 − (1.5 + 1) / 5, twice; 0 − (1.5 + 2) / 5
+    assert_close(advantages[:5], [0.5, 0.0, -0.7, 0.5, 0.625])
+    assert advantages.dtype == torch.float64
+    empty = torch.zeros(0)
+    assert math_of.pooled_advantage(empty, empty, empty.long(), empty.bool(), 3.0).tolist() == []
+
+
 # ---------------------------------------------------------------- GAE
 
 
