@@ -16,7 +16,7 @@ from sppo_lightning.config_files import merge, read
 
 BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations
 HARDEST = "long"
-MIX = {"2-4": 0.05, "5-7": 0.1, "8-10": 0.85}  # most prompts are beyond the warm-started model
+MIX = {"2-4": 0.02, "5-7": 0.03, "8-10": 0.95}  # most prompts are beyond the warm-started model
 LONGEST = 66  # tokens; a worked solution has five per operation and five behind them, the end included
 STEP = 5  # tokens of a step, such as `a 9 +3 = 2`
 
@@ -56,6 +56,11 @@ def search(engine: Mapping[str, Any]) -> dict[str, Any]:
     return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=8))
 
 
+ADAPTIVE = {
+    "model": {"init_args": {"advantage": component("pooling.PooledAdvantage")}},
+    **stages(component("callbacks.AdaptiveSamples", budget_tokens=8000)),
+}
+
 ARMS = (
     Arm("uniform"),
     Arm("staged", STAGED),
@@ -67,6 +72,9 @@ ARMS = (
         search(component("engines.TreeSearchEngine", budget_tokens=BUDGET, step_tokens=STEP, step_end=[])),
     ),
     Arm("replay", stages(REPLAY)),
+    Arm("adaptive N", ADAPTIVE),
+    Arm("staged, replay", merge([STAGED, stages(REPLAY)])),
+    Arm("solvability, replay", merge([SOLVABILITY, stages(REPLAY)])),
 )
 
 
@@ -93,7 +101,7 @@ class Run:
             name: component("data.ChainTask", operations={band: 1}, size=48, split="validation", answer="solution")
             for name, band in BANDS.items()
         }
-        data["train"]["init_args"] |= {"operations": MIX, "size": 2000, "answer": "solution"}
+        data["train"]["init_args"] |= {"operations": MIX, "size": 6000, "answer": "solution"}
         unwanted = ("SampleLog", "Checkpoint", "CriticCalibration", "RichProgress", "HFExport")
         callbacks = [c for c in base["trainer"]["callbacks"] if not c["class_path"].endswith(unwanted)]
         base["trainer"] |= {"max_time": "00:00:30:00", "logger": False, "callbacks": callbacks}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import regex  # not `re`, which cannot be stopped
+
 from sppo_lightning.batch import FinishReason, PromptBatch
 from sppo_lightning.engines.engine import Engine, Response
 from sppo_lightning.engines.sampling import Sampling
@@ -14,6 +16,8 @@ from sppo_lightning.engines.search import Candidate, Found, Request, SearchEngin
 from sppo_lightning.engines.search_tree import Growth, Job, Node, Tree
 from sppo_lightning.engines.stop_strings import StopStrings
 from sppo_lightning.errors import InputError
+
+_PATTERN_SECONDS = 0.2  # for one step's text; what is not found by then is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class TreeSearchEngine(SearchEngine):
         leaves: Requests of one prompt in one round.
         step_tokens: Longest step; one that is cut there is a step too.
         step_end: Strings that end a step; the token that completes one is the step's last.
+        step_pattern: A regular expression whose first match ends a step too. An engine does not stop at it, so what
+            it generated behind the match is thrown away; strings are cheaper.
         exploration: PUCT's constant; more of it follows the policy's likelihood, less of it the scores.
         widening: A node visited n times may have `branches · ⌊(1 + n)^widening⌋` steps drawn behind it.
     """
@@ -64,6 +70,7 @@ class TreeSearchEngine(SearchEngine):
         leaves: int = 4,
         step_tokens: int = 256,
         step_end: Sequence[str] = ("\n",),
+        step_pattern: str | None = None,
         exploration: float = 1.0,
         widening: float = 0.5,
     ) -> None:
@@ -85,6 +92,7 @@ class TreeSearchEngine(SearchEngine):
         self.leaves = leaves
         self.step_tokens = step_tokens
         self.step_end = tuple(step_end)
+        self.step_pattern = None if step_pattern is None else _compiled(step_pattern)
         self.exploration = exploration
         self.widening = widening
 
@@ -148,11 +156,27 @@ class TreeSearchEngine(SearchEngine):
         if end is not None:
             end = max(end, known + 1)
             ids, log_probs = ids[:end], log_probs[:end]
+        cut = self._pattern_end(ids[known:]) if job.kind == "step" else None
+        if cut is not None and known + cut < len(ids):
+            ids, log_probs, end = ids[: known + cut], log_probs[: known + cut], None
         ended = end is not None or ids[-1] in self.policy.eos_token_ids
         if job.kind == "completion":
             return _Whole(i, job.node, ids, log_probs, "stop" if ended else "length")
         node = tree.add(job.node, ids[known:], log_probs[known:], ended)
         return None if node is None else _Whole(i, node, ids, log_probs, "stop")
+
+    def _pattern_end(self, step: list[int]) -> int | None:
+        """The number of a step's tokens up to the end of the pattern's first match; None where there is none."""
+        assert self.policy is not None
+        if self.step_pattern is None:
+            return None
+        starts = [step[:length] for length in range(1, len(step) + 1)]
+        texts = self.policy.tokenizer.batch_decode(starts, skip_special_tokens=True)
+        try:
+            match = self.step_pattern.search(texts[-1], timeout=_PATTERN_SECONDS, concurrent=True)
+        except TimeoutError:
+            return None
+        return None if match is None else 1 + next(i for i, text in enumerate(texts) if len(text) >= match.end())
 
     def _found(self, tree: Tree, wholes: list[_Whole]) -> Found:
         """What a tree holds; `wholes` are its judged responses, in the order of its scores."""
@@ -167,3 +191,17 @@ class TreeSearchEngine(SearchEngine):
             for whole, (_, score) in zip(wholes, tree.scores, strict=True)
         ]
         return best_first(found, tree.tokens)
+
+
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise InputError(
+            f"`step_pattern`={pattern!r} of TreeSearchEngine is no regular expression: {error}."
+        ) from error
+    if compiled.search("") is not None:
+        raise InputError(
+            f"`step_pattern`={pattern!r} of TreeSearchEngine matches no text at all; let it match some."
+        )
+    return compiled

@@ -67,6 +67,7 @@ def part(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
     return PromptBatch([batch.prompts[i] for i in rows], [batch.token_ids[i] for i in rows], [0] * len(rows))
 
 
+@pytest.mark.slow
 def test_a_rare_first_step_is_found_where_independent_samples_miss_it(policy: Any):
     """One sample in 100 succeeds, and the budget is 33 of them: by chance 1 − 0.99³³ = 28 % of the prompts.
 
@@ -152,6 +153,49 @@ def test_steps_end_with_the_token_that_completes_the_mark(policy: Any):
         assert "<eos>" not in words
 
 
+def test_a_pattern_ends_a_step_and_what_is_behind_it_is_thrown_away(policy: Any):
+    def rule(words: list[str]) -> Mapping[str, float]:
+        return {"a": 0.5, "b": 0.3, "<eos>": 0.2}
+
+    search = tree_search(rule, policy, begins_with("nothing"), step_end=[], step_pattern="a (a|b)", step_tokens=6)
+    engine: Any = search.engine
+    prefixes: list[list[str]] = []
+    stream = engine.stream
+
+    def watched(batch: PromptBatch, sampling: Sampling) -> Any:
+        prefixes.extend(policy.tokenizer.convert_ids_to_tokens(row[2:]) for row in batch.token_ids)
+        return stream(batch, sampling)
+
+    engine.stream = watched
+    [found] = search.search(prompts(policy, 1), Sampling(max_new_tokens=40))
+    assert found.tokens == engine.generated[0]
+    assert len(kept := [words for words in prefixes if words]) > 10
+    for (
+        words
+    ) in kept:  # of a response that goes on: each step ends with the second word from an `a` on, or is six long
+        step: list[str] = []
+        for word in words:
+            step.append(word)
+            if "a" in step[:-1] or len(step) == 6:
+                step = []
+        assert step == []
+        assert "<eos>" not in words
+
+
+def test_a_pattern_that_would_take_for_ever(policy: Any):
+    search = tree_search(
+        lambda words: {"a": 1.0},
+        policy,
+        begins_with("nothing"),
+        step_pattern="((a ?)+)+;",
+        step_end=[],
+        step_tokens=60,
+    )
+    [found] = search.search(prompts(policy, 1), Sampling(max_new_tokens=100))
+    assert found.candidates
+    assert search._pattern_end(policy.tokenizer("a a a ;")["input_ids"]) == 4
+
+
 @pytest.mark.parametrize(
     ("rule", "kind"),
     [
@@ -224,6 +268,8 @@ def test_a_real_policy(policy: Any):
         ({"step_end": ""}, "`step_end`=''"),
         ({"step_end": [""]}, "`step_end`"),
         ({"exploration": math.nan}, "`exploration`=nan"),
+        ({"step_pattern": "(a"}, "is no regular expression"),
+        ({"step_pattern": "a*"}, "matches no text at all"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any], named: str):
