@@ -22,7 +22,8 @@ class StagedCurriculum(WeightedCurriculum):
     Args:
         column: The column of the data with each prompt's difficulty, a number; the prompt's length in characters
             where left out.
-        stages: How many; of as equal sizes as prompts of the same difficulty allow, which stay together.
+        stages: How many, of as equal sizes as prompts of the same difficulty allow, which stay together; or the
+            greatest difficulty of each stage but the last, such as `[2, 4]` for three.
         threshold: The pass rate above which the next stage begins.
         min_iterations: Iterations that a stage lasts at least.
         ramp_iterations: Iterations until a new stage has its whole share; 0 gives it at once.
@@ -35,18 +36,21 @@ class StagedCurriculum(WeightedCurriculum):
     def __init__(
         self,
         column: str | None = None,
-        stages: int = 4,
+        stages: int | list[float] = 4,
         threshold: float = 0.7,
         min_iterations: int = 5,
         ramp_iterations: int = 10,
         earlier_share: float = 0.2,
         running_decay: float = 0.9,
     ) -> None:
-        if stages < 2:
+        self.count = len(stages) + 1 if isinstance(stages, list) else stages
+        if self.count < 2:
             raise InputError(
                 f"`StagedCurriculum.stages`={stages} leaves nothing to advance to; use 2 or more, or leave "
                 "`data.curriculum` out."
             )
+        if isinstance(stages, list) and stages != sorted(set(stages)):
+            raise InputError(f"`StagedCurriculum.stages`={stages} must rise from stage to stage; sort it.")
         check_share(self, "threshold", threshold, "the pass rate of a stage that is mastered, such as 0.7")
         check_share(self, "earlier_share", earlier_share, "the share of the stages before, such as 0.2")
         check_share(self, "running_decay", running_decay, "what is left after an iteration, such as 0.9")
@@ -65,10 +69,8 @@ class StagedCurriculum(WeightedCurriculum):
         """See `Curriculum`; a stage without a prompt, or a first one that fills no batch, is refused too."""
         super().bind(prompts, batch_size, seed, shuffle)
         self.difficulties = np.array([self._difficulty(prompt) for prompt in prompts])  # [P]
-        ordered = np.sort(self.difficulties)
-        last = [ordered[-(-k * len(prompts) // self.stages) - 1] for k in range(1, self.stages)]
-        self.stage_of = np.searchsorted(np.array(last), self.difficulties)  # [P], of each prompt, counted from 0
-        sizes = np.bincount(self.stage_of, minlength=self.stages)
+        self.stage_of = np.searchsorted(self._greatest(), self.difficulties)  # [P], of each prompt, counted from 0
+        sizes = np.bincount(self.stage_of, minlength=self.count)
         if sizes.min() == 0 or sizes[0] < batch_size:
             raise InputError(
                 f"`StagedCurriculum.stages`={self.stages} gives stages of {', '.join(map(str, sizes))} prompts, "
@@ -77,6 +79,13 @@ class StagedCurriculum(WeightedCurriculum):
         self.stage = 0
         self.stage_iterations = 0  # that the stage has lasted
         self.rewards = self.responses = 0.0  # running sums, of which the stage's pass rate is the quotient
+
+    def _greatest(self) -> np.ndarray:
+        """The greatest difficulty of each stage but the last."""
+        if isinstance(self.stages, list):
+            return np.array(self.stages)
+        ordered, count = np.sort(self.difficulties), len(self.prompts)
+        return np.array([ordered[-(-k * count // self.stages) - 1] for k in range(1, self.stages)])
 
     def probabilities(self) -> np.ndarray:
         """`[P]`: even within the stage, within the earlier stages together, and 0 in the later ones."""
@@ -93,7 +102,7 @@ class StagedCurriculum(WeightedCurriculum):
         self.responses = self.running_decay * self.responses + len(own)
         self.stage_iterations += 1
         mastered = self.stage_iterations >= self.min_iterations and self.pass_rate > self.threshold
-        if mastered and self.stage < self.stages - 1:
+        if mastered and self.stage < self.count - 1:
             self.stage, self.stage_iterations, self.rewards, self.responses = self.stage + 1, 0, 0.0, 0.0
 
     @property
@@ -106,7 +115,7 @@ class StagedCurriculum(WeightedCurriculum):
         figures = {"stage": float(self.stage), "stage_pass_rate": self.pass_rate}
         if len(positions):
             figures["difficulty"] = float(self.difficulties[positions].mean())
-            counts = np.bincount(self.stage_of[positions], minlength=self.stages)
+            counts = np.bincount(self.stage_of[positions], minlength=self.count)
             figures |= {f"share_stage_{i}": float(n / len(positions)) for i, n in enumerate(counts)}
         return figures
 

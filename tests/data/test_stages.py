@@ -24,6 +24,19 @@ def test_prompts_of_one_difficulty_stay_together():
     assert staged(list(range(7, -1, -1)), stages=4).stage_of.tolist() == [3, 3, 2, 2, 1, 1, 0, 0]
 
 
+def test_stages_by_their_greatest_difficulties():
+    assert staged(stages=[1, 2]).stage_of.tolist() == [2, 0, 1, 0, 2, 1, 0, 1, 2, 0]
+    assert staged(stages=[2.5]).stage_of.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+    curriculum = staged(stages=[1, 2], min_iterations=1)
+    for row in (1, 2, 0):
+        observe(curriculum, (row, 1.0))
+    assert curriculum.stage == 2
+    with pytest.raises(InputError, match=r"`StagedCurriculum.stages`=\[2, 1\] must rise"):
+        staged(stages=[2, 1])
+    with pytest.raises(InputError, match="gives stages of 0, 10 prompts"):
+        staged(stages=[0.5])
+
+
 def test_without_a_column_the_length_decides():
     curriculum = StagedCurriculum(stages=2)
     curriculum.bind([Prompt("x" * n, "", "train", n) for n in (5, 1, 9, 3)], 2, 3, True)
