@@ -44,8 +44,8 @@ class Arm:
     overlay: Mapping[str, Any] = field(default_factory=dict)
 
 
-STAGED = curriculum("StagedCurriculum", column="operations", stages=3)
-SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5)
+STAGED = curriculum("StagedCurriculum", column="operations", stages=[3, 4, 5, 6, 7, 8, 9])
+SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5, sharpness=2.0)
 
 BUDGET = 16 * LONGEST  # tokens that a search may spend on a prompt
 REPLAY = component("callbacks.SuccessReplay", below=0.5)

@@ -15,7 +15,7 @@ from sppo_lightning.errors import InputError
 
 
 class SolvabilityCurriculum(FlooredCurriculum):
-    """Draws prompts by `V(1 − V)` of the critic, which reads them all again every few iterations.
+    """Draws prompts by `(V(1 − V))^c` of the critic, which reads them all again every few iterations.
 
     `V(1 − V)` is the variance of a reward of 0 or 1 that is 1 with the chance V, so it is what `A²` of SPPO's
     `A = R − V` is expected to be where the critic is right. Prompts that are always or never solved are passed over
@@ -23,14 +23,18 @@ class SolvabilityCurriculum(FlooredCurriculum):
 
     Args:
         rescore_every_n_iterations: Iterations between two readings of the whole prompt set.
+        sharpness: `c`; more draws closer to V = 1/2. Where most prompts are nearly hopeless, they have most of the draws
+            together, small as the weight of each is; 2 leaves them few.
         floor: The share of the draws that is spread evenly over all prompts, which keeps the critic informed.
     """
 
     remembered = (*FlooredCurriculum.remembered, "values", "scored_at")
 
-    def __init__(self, rescore_every_n_iterations: int = 20, floor: float = 0.1) -> None:
+    def __init__(self, rescore_every_n_iterations: int = 20, sharpness: float = 1.0, floor: float = 0.1) -> None:
         super().__init__(floor)
         check_positive(self, "rescore_every_n_iterations", rescore_every_n_iterations, "1 or more, such as 20")
+        check_positive(self, "sharpness", sharpness, "1, or more to draw closer to V = 1/2")
+        self.sharpness = sharpness
         self.rescore_every_n_iterations = rescore_every_n_iterations
 
     def bind(self, prompts: Sequence[Prompt], batch_size: int, seed: int, shuffle: bool) -> None:
@@ -64,8 +68,8 @@ class SolvabilityCurriculum(FlooredCurriculum):
         return self.values
 
     def weights(self) -> np.ndarray:
-        """`[P]`, V(1 − V)."""
-        return self.values * (1 - self.values)
+        """`[P]`, (V(1 − V))^c."""
+        return (self.values * (1 - self.values)) ** self.sharpness
 
     def describe(self, positions: np.ndarray) -> dict[str, float]:
         """The distribution over V too, and the iterations since it was asked for."""

@@ -68,6 +68,17 @@ def test_the_critic_is_asked_every_few_iterations_and_before_that_all_prompts_ar
     assert curriculum.describe(np.array([0, 2]))["expected_pass_rate"] == 0.25
 
 
+def test_a_sharper_curriculum_leaves_a_crowd_of_nearly_hopeless_prompts_few_draws():
+    values = np.array([0.5, *[0.01] * 99])
+    shares = []
+    for sharpness in (1.0, 2.0):
+        curriculum = bound(SolvabilityCurriculum(sharpness=sharpness, floor=0.1), 100)
+        curriculum.rescore(values)
+        shares.append(curriculum.probabilities()[0])
+    # 0.25 beside 99 of 0.0099; squared, 0.0625 beside 99 of 0.00009801
+    assert shares == pytest.approx([0.001 + 0.9 * 0.25 / 1.2301, 0.001 + 0.9 * 0.0625 / 0.07220299])
+
+
 def test_a_critic_without_a_number_says_nothing():
     curriculum = bound(SolvabilityCurriculum(floor=0.2), 2)
     curriculum.rescore(np.array([np.nan, 1.0], dtype=np.float32))
