@@ -23,8 +23,8 @@ class SolvabilityCurriculum(FlooredCurriculum):
 
     Args:
         rescore_every_n_iterations: Iterations between two readings of the whole prompt set.
-        sharpness: `c`; more draws closer to V = 1/2. Where most prompts are nearly hopeless, they have most of the draws
-            together, small as the weight of each is; 2 leaves them few.
+        sharpness: `c`; more draws closer to V = 1/2. Where most prompts are nearly hopeless, they have most of the
+            draws together, small as the weight of each is; 2 leaves them few.
         floor: The share of the draws that is spread evenly over all prompts, which keeps the critic informed.
     """
 
