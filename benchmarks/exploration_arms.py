@@ -75,6 +75,10 @@ ARMS = (
     Arm("adaptive N", ADAPTIVE),
     Arm("staged, replay", merge([STAGED, stages(REPLAY)])),
     Arm("solvability, replay", merge([SOLVABILITY, stages(REPLAY)])),
+    Arm(
+        "staged, replay 3",
+        merge([STAGED, stages(component("callbacks.SuccessReplay", below=0.5, rows=32, coef=0.3))]),
+    ),
 )
 
 
