@@ -22,8 +22,8 @@ def main() -> None:
     """Warm starts, runs, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds, each with a warm start of its own")
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="generated in training, until a run ends")
-    parser.add_argument("--every-tokens", type=int, default=50_000, help="from one validation to the next")
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="generated in training, until a run ends")
+    parser.add_argument("--every-tokens", type=int, default=40_000, help="from one validation to the next")
     parser.add_argument("--enough", type=float, default=0.6, help="accuracy on the hardest band that ends a run")
     parser.add_argument("--arms", default="", help="names, separated by ';'; all when left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")

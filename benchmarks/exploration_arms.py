@@ -16,6 +16,7 @@ from sppo_lightning.config_files import merge, read
 
 BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations
 HARDEST = "long"
+BATCH = 32  # prompts of an iteration, and of its one update
 MIX = {"2-4": 0.02, "5-7": 0.03, "8-10": 0.95}  # most prompts are beyond the warm-started model
 LONGEST = 66  # tokens; a worked solution has five per operation and five behind them, the end included
 STEP = 5  # tokens of a step, such as `a 9 +3 = 2`
@@ -44,41 +45,36 @@ class Arm:
     overlay: Mapping[str, Any] = field(default_factory=dict)
 
 
-STAGED = curriculum("StagedCurriculum", column="operations", stages=[3, 4, 5, 6, 7, 8, 9])
-SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5, sharpness=2.0)
-
 BUDGET = 16 * LONGEST  # tokens that a search may spend on a prompt
-REPLAY = component("callbacks.SuccessReplay", below=0.5)
-
-
-def search(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """An overlay that searches prompts of which the critic has little hope, and imitates what is found."""
-    return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=8))
-
-
+STAGED = curriculum("StagedCurriculum", column="operations", stages=[4, 7], ramp_iterations=5)
+SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5, sharpness=2.0)
+REPLAY = stages(component("callbacks.SuccessReplay", below=0.5, rows=32, coef=0.3))
 ADAPTIVE = {
     "model": {"init_args": {"advantage": component("pooling.PooledAdvantage")}},
-    **stages(component("callbacks.AdaptiveSamples", budget_tokens=8000)),
+    **stages(
+        component("callbacks.AdaptiveSamples", budget_tokens=2200)
+    ),  # beside some 1,500 of the first responses
 }
 
+
+def search(name: str, **settings: Any) -> dict[str, Any]:
+    """An overlay that searches prompts of which the critic has little hope, and imitates what is found."""
+    engine = component(f"engines.{name}", budget_tokens=BUDGET, **settings)
+    return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=4))
+
+
+RECOMMENDED = "staged, replay"
 ARMS = (
     Arm("uniform"),
     Arm("staged", STAGED),
     Arm("pass rate", curriculum("PassRateCurriculum")),
     Arm("solvability", SOLVABILITY),
-    Arm("best of N", search(component("engines.BestOfN", n=16, at_once=4, budget_tokens=BUDGET))),
-    Arm(
-        "tree search",
-        search(component("engines.TreeSearchEngine", budget_tokens=BUDGET, step_tokens=STEP, step_end=[])),
-    ),
-    Arm("replay", stages(REPLAY)),
     Arm("adaptive N", ADAPTIVE),
-    Arm("staged, replay", merge([STAGED, stages(REPLAY)])),
-    Arm("solvability, replay", merge([SOLVABILITY, stages(REPLAY)])),
-    Arm(
-        "staged, replay 3",
-        merge([STAGED, stages(component("callbacks.SuccessReplay", below=0.5, rows=32, coef=0.3))]),
-    ),
+    Arm("best of N", search("BestOfN", n=16, at_once=4)),
+    Arm("tree search", search("TreeSearchEngine", step_tokens=STEP, step_end=[])),
+    Arm("replay", REPLAY),
+    Arm("solvability, replay", merge([SOLVABILITY, REPLAY])),
+    Arm(RECOMMENDED, merge([STAGED, REPLAY])),
 )
 
 
@@ -118,10 +114,10 @@ class Run:
                     "critic_warmup": component(
                         "warmup.CriticWarmup", updates=10, min_brier_skill=0.0, max_updates=60
                     ),
-                    "mini_batch_size": 64,
+                    "mini_batch_size": BATCH,
                 }
             },
-            "data": {"init_args": {"batch_size": 128}},
+            "data": {"init_args": {"batch_size": BATCH}},
             **stages(
                 component("callbacks.InitialValidation", min_pass_rate=0.0, metric=None),
                 component(
