@@ -52,6 +52,7 @@ class SearchHopeless(Stage):
 
     requires = frozenset({"rollouts", "scores"})
     phase = "search"
+    once = True
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class SuccessReplay(Stage):
 
     requires = frozenset({"rollouts", "scores"})
     phase = "replay"
+    once = True
     rewinds = True  # the batch at hand changes nothing before it ends
 
     def __init__(
@@ -94,19 +95,13 @@ class SuccessReplay(Stage):
         self.store = SuccessStore(capacity, per_prompt, seed)
         self.prior_strength = prior_strength
         self.records = PromptRecords(decay)
-        self._replayed = False  # for this batch
-
-    def begin(self) -> None:
-        """A new batch: DynamicSampling may run a stage more than once for one."""
-        self._replayed = False
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Leave the gradient of what is replayed for the first update."""
-        if not trainer.training or self._replayed:
+        if not trainer.training:
             return
         assert isinstance(module, SPPOModule)
         assert batch.rollouts is not None
-        self._replayed = True
         if "policy" not in module.moving_modules():
             return
         drawn = self.store.draw(self.rows)

@@ -23,6 +23,7 @@ class Stage(Callback):
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     phase: ClassVar[str] = ""  # where its seconds are counted: `time/<phase>`
+    once: ClassVar[bool] = False  # whether it runs for the batch alone, and not for what a ResamplingStage adds
 
     def process(self, batch: PromptBatch, trainer: Trainer, module: LightningModule) -> None:
         """Add this stage's results to `batch`; nothing that is there already may change."""
@@ -99,7 +100,7 @@ class ResamplingStage(Stage):
         """Run the stages before this one on `batch`; a collective, for drawing and scoring may meet other ranks."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for stage in callbacks[: callbacks.index(self)]:
-            if isinstance(stage, Stage):
+            if isinstance(stage, Stage) and not stage.once:
                 stage.run(batch, trainer, module)
 
 
