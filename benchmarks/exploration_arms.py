@@ -63,7 +63,6 @@ def search(name: str, **settings: Any) -> dict[str, Any]:
     return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=4))
 
 
-RECOMMENDED = "staged, replay"
 ARMS = (
     Arm("uniform"),
     Arm("staged", STAGED),
@@ -73,8 +72,8 @@ ARMS = (
     Arm("best of N", search("BestOfN", n=16, at_once=4)),
     Arm("tree search", search("TreeSearchEngine", step_tokens=STEP, step_end=[])),
     Arm("replay", REPLAY),
+    Arm("staged, replay", merge([STAGED, REPLAY])),
     Arm("solvability, replay", merge([SOLVABILITY, REPLAY])),
-    Arm(RECOMMENDED, merge([STAGED, REPLAY])),
 )
 
 
