@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import exploration_report as report
-from exploration_arms import ARMS, Run
-from race_runs import warm_start
+from exploration_arms import Run, arms
+from race_runs import race, warm_start
 
 
 def main() -> None:
@@ -25,21 +25,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_200_000, help="generated in training, until a run ends")
     parser.add_argument("--every-tokens", type=int, default=40_000, help="from one validation to the next")
     parser.add_argument("--enough", type=float, default=0.6, help="accuracy on the hardest band that ends a run")
+    parser.add_argument("--batch", type=int, default=32, help="prompts of an iteration")
     parser.add_argument("--arms", default="", help="names, separated by ';'; all when left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/exploration"), help="where everything goes")
     parser.add_argument("--figures", type=Path, default=None, help="folder for the figures, docs for instance")
     arguments = parser.parse_args()
-    names = list(filter(None, arguments.arms.split(";"))) or [arm.name for arm in ARMS]
-    arms = [arm for arm in ARMS if arm.name in names]
+    names = set(filter(None, arguments.arms.split(";")))
+    chosen = [arm for arm in arms(arguments.batch) if not names or arm.name in names]
     seeds = range(1, arguments.seeds + 1)
-    settings = (arguments.tokens, arguments.every_tokens, arguments.enough)
+    settings = (arguments.tokens, arguments.every_tokens, arguments.enough, arguments.batch)
     # seed by seed, so that what disturbs the machine for a while disturbs all arms
-    runs = [Run(arm, seed, *settings) for seed in seeds for arm in arms]
+    runs = [Run(arm, seed, *settings) for seed in seeds for arm in chosen]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda seed: warm_start(arguments.folder, seed), seeds))
-        list(pool.map(lambda run: run.start(arguments.folder), runs))
-    by_arm = {arm.name: [arguments.folder / run.folder for run in runs if run.arm is arm] for arm in arms}
+        list(pool.map(lambda run: race(run, arguments.folder), runs))
+    by_arm = {arm.name: [arguments.folder / run.folder for run in runs if run.arm is arm] for arm in chosen}
     report.write(by_arm, arguments.folder, arguments.figures or arguments.folder)
 
 

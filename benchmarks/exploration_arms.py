@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from race_runs import QUICKSTART, fit, warm_model
+from race_runs import QUICKSTART, warm_model
 
 from sppo_lightning.config_files import merge, read
 
 BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations
 HARDEST = "long"
-BATCH = 32  # prompts of an iteration, and of its one update
 MIX = {"2-4": 0.02, "5-7": 0.03, "8-10": 0.95}  # most prompts are beyond the warm-started model
 LONGEST = 66  # tokens; a worked solution has five per operation and five behind them, the end included
 STEP = 5  # tokens of a step, such as `a 9 +3 = 2`
@@ -45,36 +42,32 @@ class Arm:
     overlay: Mapping[str, Any] = field(default_factory=dict)
 
 
-BUDGET = 16 * LONGEST  # tokens that a search may spend on a prompt
-STAGED = curriculum("StagedCurriculum", column="operations", stages=[4, 7], ramp_iterations=5)
-SOLVABILITY = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5, sharpness=2.0)
-REPLAY = stages(component("callbacks.SuccessReplay", below=0.5, rows=32, coef=0.3))
-ADAPTIVE = {
-    "model": {"init_args": {"advantage": component("pooling.PooledAdvantage")}},
-    **stages(
-        component("callbacks.AdaptiveSamples", budget_tokens=2200)
-    ),  # beside some 1,500 of the first responses
-}
-
-
-def search(name: str, **settings: Any) -> dict[str, Any]:
+def search(batch: int, name: str, **settings: Any) -> dict[str, Any]:
     """An overlay that searches prompts of which the critic has little hope, and imitates what is found."""
-    engine = component(f"engines.{name}", budget_tokens=BUDGET, **settings)
-    return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=4))
+    engine = component(f"engines.{name}", budget_tokens=16 * LONGEST, **settings)
+    return stages(component("callbacks.SearchHopeless", search=engine, below=0.2, max_prompts=batch // 8))
 
 
-ARMS = (
-    Arm("uniform"),
-    Arm("staged", STAGED),
-    Arm("pass rate", curriculum("PassRateCurriculum")),
-    Arm("solvability", SOLVABILITY),
-    Arm("adaptive N", ADAPTIVE),
-    Arm("best of N", search("BestOfN", n=16, at_once=4)),
-    Arm("tree search", search("TreeSearchEngine", step_tokens=STEP, step_end=[])),
-    Arm("replay", REPLAY),
-    Arm("staged, replay", merge([STAGED, REPLAY])),
-    Arm("solvability, replay", merge([SOLVABILITY, REPLAY])),
-)
+def arms(batch: int) -> list[Arm]:
+    """What is compared, for iterations of so many prompts."""
+    staged = curriculum("StagedCurriculum", column="operations", stages=[4, 7], ramp_iterations=5)
+    solvability = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5, sharpness=2.0)
+    replay = stages(component("callbacks.SuccessReplay", below=0.5, rows=batch, coef=0.3))
+    # the first responses take some 46 tokens each
+    adaptive: Any = stages(component("callbacks.AdaptiveSamples", budget_tokens=69 * batch))
+    adaptive["model"] = {"init_args": {"advantage": component("pooling.PooledAdvantage")}}
+    return [
+        Arm("uniform"),
+        Arm("staged", staged),
+        Arm("pass rate", curriculum("PassRateCurriculum")),
+        Arm("solvability", solvability),
+        Arm("adaptive N", adaptive),
+        Arm("best of N", search(batch, "BestOfN", n=16, at_once=4)),
+        Arm("tree search", search(batch, "TreeSearchEngine", step_tokens=STEP, step_end=[])),
+        Arm("replay", replay),
+        Arm("staged, replay", merge([staged, replay])),
+        Arm("solvability, replay", merge([solvability, replay])),
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,11 +79,12 @@ class Run:
     tokens: int  # generated, after which it ends
     every_tokens: int  # from one validation to the next
     enough: float  # accuracy on the hardest band at which it ends sooner
+    batch: int  # prompts of an iteration; an update is of at most 64
 
     @property
     def folder(self) -> Path:
         """Where its results go, below the benchmark's folder."""
-        return Path(f"{self.arm.name.replace(' ', '_')}/seed{self.seed}_{self.tokens}")
+        return Path(f"{self.arm.name.replace(' ', '_')}/batch{self.batch}_seed{self.seed}_{self.tokens}")
 
     def config(self, folder: Path) -> dict[str, Any]:
         """The quickstart's config, the benchmark's task and settings, and the arm's overlay."""
@@ -113,10 +107,10 @@ class Run:
                     "critic_warmup": component(
                         "warmup.CriticWarmup", updates=10, min_brier_skill=0.0, max_updates=60
                     ),
-                    "mini_batch_size": BATCH,
+                    "mini_batch_size": min(self.batch, 64),
                 }
             },
-            "data": {"init_args": {"batch_size": BATCH}},
+            "data": {"init_args": {"batch_size": self.batch}},
             **stages(
                 component("callbacks.InitialValidation", min_pass_rate=0.0, metric=None),
                 component(
@@ -136,15 +130,3 @@ class Run:
         merged = merge([base, common, self.arm.overlay, last])
         model = str(warm_model(folder.resolve(), self.seed))
         return yaml.safe_load(yaml.safe_dump(merged).replace("runs/quickstart/warm_start/model", model))
-
-    def start(self, folder: Path) -> None:
-        """The run, unless its results are there."""
-        target = folder / self.folder
-        if (target / "summary.json").exists():
-            return
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        (target / "config.yaml").write_text(yaml.safe_dump(self.config(folder)))
-        start = time.perf_counter()
-        fit(target / "config.yaml", target)
-        print(f"{self.folder}: {time.perf_counter() - start:.0f} s", flush=True)

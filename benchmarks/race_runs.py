@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -186,7 +186,16 @@ def warm_start(folder: Path, seed: int) -> None:
         fit(QUICKSTART / "sft.yaml", target, f"--seed_everything={seed}")
 
 
-def race(run: Run, folder: Path) -> None:
+class Configured(Protocol):
+    """A run that knows its config, and where below a benchmark's folder its results go."""
+
+    @property
+    def folder(self) -> Path: ...  # noqa: D102
+
+    def config(self, folder: Path) -> dict[str, Any]: ...  # noqa: D102
+
+
+def race(run: Configured, folder: Path) -> None:
     """One run, unless it is there."""
     target = folder / run.folder
     if (target / "summary.json").exists():

@@ -188,6 +188,15 @@ def test_the_pages_adaptive_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert cli.trainer.callback_metrics["adaptive/samples_per_prompt"] == 8.0
 
 
+def test_the_pages_critic_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
+    monkeypatch.chdir(tmp_path)
+    write_files({})
+    Path("warm_up.yaml").write_text(block_of("docs/exploration.md", "yaml", "critic_warmup"))
+    warmup = command_line(["-c", "config.yaml", "-c", "warm_up.yaml"], run=False).model.critic_warmup
+    assert (warmup.updates, warmup.floors["critic/brier_skill"], warmup.max_updates) == (10, 0.0, 60)
+
+
 def test_the_pages_policy_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     page = "docs/calibration.md"
     found = only(PolicyCalibration, callbacks_built("PolicyCalibration", monkeypatch, tmp_path, page=page))

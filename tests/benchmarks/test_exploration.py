@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import exploration_report as report  # noqa: E402
-from exploration_arms import ARMS, BANDS, HARDEST, Arm, Run  # noqa: E402
+from exploration_arms import BANDS, HARDEST, Arm, Run, arms  # noqa: E402
 
 from sppo_lightning.callbacks import RolloutGeneration  # noqa: E402
 from sppo_lightning.cli import command_line  # noqa: E402
@@ -57,11 +57,11 @@ def test_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "exploration.json").is_file()
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", arms(32), ids=lambda arm: arm.name)
 def test_every_arm_is_a_config_that_the_command_takes(arm: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
     monkeypatch.chdir(tmp_path)
-    config = Run(arm, seed=3, tokens=1000, every_tokens=500, enough=0.6).config(tmp_path)
+    config = Run(arm, seed=3, tokens=1000, every_tokens=500, enough=0.6, batch=32).config(tmp_path)
     Path("config.yaml").write_text(yaml.safe_dump(config))
     trainer: Any = command_line(["--config", "config.yaml"], run=False).trainer
     [clock] = [each for each in trainer.callbacks if type(each).__name__ == "TokenClock"]
