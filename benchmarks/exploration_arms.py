@@ -1,4 +1,4 @@
-"""What the benchmark of exploration compares, and how one run of it is started."""
+"""What the benchmark of exploration compares, and how one run of it is set up."""
 
 from __future__ import annotations
 

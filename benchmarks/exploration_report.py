@@ -52,7 +52,7 @@ def figures_of(runs: Sequence[Rows]) -> dict[str, Any]:
 
 def least(arm: Mapping[str, Any], x: str) -> list[float]:
     """Per seed, what the goal took, or all that the run had where it did not get there: then a lower bound."""
-    return [took or total for took, total in zip(arm[f"{x}_to_goal"], arm[x], strict=True)]
+    return [total if took is None else took for took, total in zip(arm[f"{x}_to_goal"], arm[x], strict=True)]
 
 
 def write(by_arm: Mapping[str, Sequence[Path]], folder: Path, figures: Path) -> None:

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from sppo_lightning.batch import PromptBatch, Success
+from sppo_lightning.batch import PromptBatch, PromptKey, Success
 from sppo_lightning.errors import check_settings
 from sppo_lightning.experience import Experience
 from sppo_lightning.found_losses import FoundLoss, OffPolicySamples
 from sppo_lightning.module import SPPOModule
 from sppo_lightning.pipeline import Stage
 from sppo_lightning.ranks import gather_objects
-from sppo_lightning.records import Key, PromptRecords
+from sppo_lightning.records import PromptRecords
 from sppo_lightning.success_store import SuccessStore
 from sppo_lightning.successes import learn
 
@@ -121,7 +121,8 @@ class SuccessReplay(Stage):
         """The chance of each one's prompt now, `[M]`: the critic's, or else what is on record."""
         if module.critic is None or module.critic.reads != "prompt":
             return torch.tensor(
-                [self.records.mean(success.key, self.prior_strength) for success in successes], dtype=torch.float64
+                [self.records.mean(success.prompt.key, self.prior_strength) for success in successes],
+                dtype=torch.float64,
             )
         prompts, ids = [each.prompt for each in successes], [[*each.prompt_ids] for each in successes]
         values = module.prompt_values(PromptBatch(prompts, ids, [0 for _ in successes]))
@@ -141,10 +142,10 @@ class SuccessReplay(Stage):
         self.store.iteration += 1
         _log(pl_module, {"stored": float(len(self.store.stored)), "retired": float(retired)})
 
-    def _enter(self, taught: Experience, found: Sequence[Success]) -> tuple[set[Key], list[Success]]:
+    def _enter(self, taught: Experience, found: Sequence[Success]) -> tuple[set[PromptKey], list[Success]]:
         """Enter all ranks' outcomes; prompts whose record is not low now, and the successes of the others."""
         rollouts, values = taught.rollouts, taught.values
-        keys = [(prompt.dataset, prompt.row) for prompt in rollouts.prompts]
+        keys = [prompt.key for prompt in rollouts.prompts]
         priors = values.tolist() if values is not None and values.ndim == 1 else [None for _ in keys]
         passed = (rollouts.correct & taught.verdicts).tolist()
         own = list(zip(keys, passed, taught.verdicts.tolist(), priors, strict=True))
@@ -159,7 +160,7 @@ class SuccessReplay(Stage):
                 for i, passes in enumerate(passed)
                 if passes and keys[i] not in risen and rollouts.finish_reasons[i] == "stop"
             ),
-            *(each for each in found if each.key not in risen),
+            *(each for each in found if each.prompt.key not in risen),
         ]
         return risen, [each for part in gather_objects(rare) for each in part]
 

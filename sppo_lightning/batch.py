@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 FinishReason = Literal["stop", "length"]
+PromptKey = tuple[str, int]  # the data set's name, and the row in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] | None = None  # turns before templating, if any
     demonstration: str | None = None  # a response to imitate; only the supervised warm start reads it
     metadata: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for verifiers
+
+    @property
+    def key(self) -> PromptKey:
+        """What identifies it."""
+        return self.dataset, self.row
 
     @property
     def sources(self) -> set[str]:
@@ -59,11 +65,6 @@ class Success:
     reward: float  # R
     log_excess: float = 0.0  # nats: by how much a search raised the response's density
     iteration: int = 0  # in which it was seen last, counted from 0
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """What identifies the prompt."""
-        return self.prompt.dataset, self.prompt.row
 
 
 @dataclass
@@ -253,7 +254,7 @@ class PromptBatch:
     def keys(self) -> list[tuple[str, int, int, int]]:
         """What tells each prompt's responses from all others of the run: data set, row, visit and first sample."""
         rows = zip(self.prompts, self.visits, self.first_samples, strict=True)
-        return [(prompt.dataset, prompt.row, visit, first) for prompt, visit, first in rows]
+        return [(*prompt.key, visit, first) for prompt, visit, first in rows]
 
     def noise_key(self, row: int, sample: int) -> tuple[Prompt, int, int]:
         """What keys the noise of a response to the prompt in a row: prompt, visit and number among its samples."""

@@ -29,7 +29,7 @@ def teach_curriculum(module: Any, experience: Experience) -> dict[str, float]:
     curriculum = getattr(data, "curriculum", None)
     if curriculum is None:
         return {}
-    keys = [(prompt.dataset, prompt.row) for prompt in experience.rollouts.prompts]
+    keys = [prompt.key for prompt in experience.rollouts.prompts]
     own = zip((curriculum.position[key] for key in keys), *_columns(experience), strict=True)
     # sorted, because floating point sums depend on the order, and the order of ranks on how many there are
     table = np.array(sorted(row for part in gather_objects(list(own)) for row in part)).reshape(-1, 5)

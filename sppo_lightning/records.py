@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Key = tuple[str, int]  # (dataset, row) identifies a prompt
+from sppo_lightning.batch import PromptKey
 
 
 @dataclass
@@ -20,7 +20,7 @@ class PromptRecords:
 
     decay: float
     running_decay: float = 0.9
-    sums: dict[Key, tuple[float, float]] = field(default_factory=dict)  # s and n: rewards and responses
+    sums: dict[PromptKey, tuple[float, float]] = field(default_factory=dict)  # s and n: rewards and responses
     rewards: float = 0.0  # over all prompts
     responses: float = 0.0  # over all prompts
 
@@ -29,11 +29,11 @@ class PromptRecords:
         """The running mean of the rewards; 0.5 before the first one."""
         return self.rewards / self.responses if self.responses else 0.5
 
-    def of(self, key: Key) -> tuple[float, float]:
+    def of(self, key: PromptKey) -> tuple[float, float]:
         """`s` and `n` of a prompt: the decayed sums of its rewards and of its responses."""
         return self.sums.get(key, (0.0, 0.0))
 
-    def mean(self, key: Key, strength: float, prior: float | None = None) -> float:
+    def mean(self, key: PromptKey, strength: float, prior: float | None = None) -> float:
         """Posterior mean `(k·p + s) / (k + n)` under the prior Beta(k·p, k·(1 − p)).
 
         Args:
@@ -45,7 +45,7 @@ class PromptRecords:
         prior = self.running_mean if prior is None else prior
         return (strength * prior + successes) / (strength + responses)
 
-    def enter(self, rewards: Sequence[tuple[Key, float]]) -> None:
+    def enter(self, rewards: Sequence[tuple[PromptKey, float]]) -> None:
         """Add an iteration's rewards; several responses to a prompt are one visit."""
         if not rewards:
             return

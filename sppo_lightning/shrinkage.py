@@ -54,8 +54,7 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         """`[N]`; see `Advantage`."""
         assert outcomes.value_logits is not None
         values = outcomes.value_logits.sigmoid()
-        keys = [(prompt.dataset, prompt.row) for prompt in outcomes.rollouts.prompts]
-        means = [self.records.mean(key, self.prior_strength) for key in keys]
+        means = [self.records.mean(prompt.key, self.prior_strength) for prompt in outcomes.rollouts.prompts]
         records = torch.tensor(means, dtype=values.dtype, device=values.device)
         return outcomes.penalized_rewards - (self.weight * values + (1 - self.weight) * records)
 
@@ -68,7 +67,7 @@ class ShrunkSequenceAdvantage(SequenceAdvantage):
         assert outcomes.value_logits is not None
         columns = (outcomes.rewards, outcomes.value_logits.sigmoid(), outcomes.verdicts)
         own = [
-            ((prompt.dataset, prompt.row), reward, value)
+            (prompt.key, reward, value)
             for prompt, reward, value, verdict in zip(
                 outcomes.rollouts.prompts, *(column.tolist() for column in columns), strict=True
             )

@@ -78,7 +78,7 @@ class Attempt(Meter):
         prompts = [self.rollouts.prompts[row] for row in (bad & taught.bool()).nonzero().flatten().tolist()]
         if not prompts:
             prompts = [p for _, loss, owners in self.losses if not loss.isfinite() for p in owners]
-        return list(dict.fromkeys((prompt.dataset, prompt.row) for prompt in prompts))
+        return list(dict.fromkeys(prompt.key for prompt in prompts))
 
     def plain(self) -> dict[str, Any]:
         """All of it on the CPU, in types that `torch.load` reads without the right to run code."""

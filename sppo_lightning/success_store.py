@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from sppo_lightning.batch import Prompt, Success
-from sppo_lightning.records import Key
+from sppo_lightning.batch import Prompt, PromptKey, Success
 
 
 class SuccessStore:
@@ -49,15 +48,15 @@ class SuccessStore:
                 log_probs=array("d", success.log_probs),
                 iteration=self.iteration,
             )
-            own = [old for old in self.stored if old.key == new.key]
+            own = [old for old in self.stored if old.prompt.key == new.prompt.key]
             again = [old for old in own if old.response_ids == new.response_ids]
             gone = again or own[: max(len(own) + 1 - self.per_prompt, 0)]
             self.stored = [*(old for old in self.stored if old not in gone), new][-self.capacity :]
 
-    def retire(self, keys: Collection[Key]) -> int:
+    def retire(self, keys: Collection[PromptKey]) -> int:
         """Forget the successes of these prompts; how many there were."""
         before = len(self.stored)
-        self.stored = [success for success in self.stored if success.key not in keys]
+        self.stored = [success for success in self.stored if success.prompt.key not in keys]
         return before - len(self.stored)
 
     def draw(self, rows: int) -> list[Success]:
@@ -93,4 +92,4 @@ class SuccessStore:
 
 def _content(success: Success) -> tuple[Any, ...]:
     """What the order of an iteration's successes goes by, whichever rank has them."""
-    return success.key, [*success.response_ids], success.log_excess, [*success.log_probs]
+    return success.prompt.key, [*success.response_ids], success.log_excess, [*success.log_probs]

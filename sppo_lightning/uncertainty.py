@@ -79,9 +79,8 @@ class RecordVariance(Uncertainty):
         """`m = (k V + s) / (k + n)`, of strength `k + n`, with the record's s of n; see `Uncertainty`."""
         found = []
         for prompt, value in zip(prompts, values, strict=True):
-            key = prompt.dataset, prompt.row
-            strength = prior_strength + self.records.of(key)[1]
-            found.append(Belief(self.records.mean(key, prior_strength, value), strength))
+            strength = prior_strength + self.records.of(prompt.key)[1]
+            found.append(Belief(self.records.mean(prompt.key, prior_strength, value), strength))
         return found
 
     def learn(self, experience: Experience) -> None:
@@ -89,7 +88,7 @@ class RecordVariance(Uncertainty):
         rows = zip(
             experience.rollouts.prompts, experience.rewards.tolist(), experience.verdicts.tolist(), strict=True
         )
-        own = [((prompt.dataset, prompt.row), reward) for prompt, reward, verdict in rows if verdict]
+        own = [(prompt.key, reward) for prompt, reward, verdict in rows if verdict]
         # sorted, because sums depend on the order, and the order of ranks on how many there are
         self.records.enter(sorted(row for part in gather_objects(own) for row in part))
 

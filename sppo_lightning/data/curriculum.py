@@ -39,7 +39,7 @@ class Curriculum(ABC):
         self.prompts = prompts
         self.seed = seed
         self.shuffle = shuffle
-        self.position = {(prompt.dataset, prompt.row): i for i, prompt in enumerate(prompts)}
+        self.position = {prompt.key: i for i, prompt in enumerate(prompts)}
         self.iteration = 0  # the present one, counted from 0
         self.last_seen = np.full(len(prompts), -1)  # [P], int64, the iteration of its last outcome; -1 without one
 

@@ -226,12 +226,12 @@ def test_what_a_search_finds_is_learned_from_again():
         module, loader(*(make_batch(policy, list(WRONG)) for _ in range(2)))
     )
     assert len(found[0]) >= 2
-    kept = {(each.key, tuple(each.response_ids)): each for each in stage.watched[0]}
+    kept = {(each.prompt.key, tuple(each.response_ids)): each for each in stage.watched[0]}
     for each in found[0]:
-        stored = kept[each.key, tuple(each.response_ids)]
+        stored = kept[each.prompt.key, tuple(each.response_ids)]
         assert (stored.log_excess, [*stored.log_probs]) == (each.log_excess, each.log_probs)
         assert each.log_excess > 0
-        assert stage.records.sums[each.key][0] == 0.0
+        assert stage.records.sums[each.prompt.key][0] == 0.0
     assert logged(recorder, "rows") == [0, len(stage.watched[0])]
 
 
