@@ -14,7 +14,6 @@ from sppo_lightning.config_files import merge, read
 
 BANDS = {"short": "2-4", "medium": "5-7", "long": "8-10"}  # operations
 HARDEST = "long"
-MIX = {"2-4": 0.02, "5-7": 0.03, "8-10": 0.95}  # most prompts are beyond the warm-started model
 LONGEST = 66  # tokens; a worked solution has five per operation and five behind them, the end included
 STEP = 5  # tokens of a step, such as `a 9 +3 = 2`
 
@@ -80,11 +79,19 @@ class Run:
     every_tokens: int  # from one validation to the next
     enough: float  # accuracy on the hardest band at which it ends sooner
     batch: int  # prompts of an iteration; an update is of at most 64
+    easy: float  # share of the prompts that are not of the hardest band
 
     @property
     def folder(self) -> Path:
         """Where its results go, below the benchmark's folder."""
-        return Path(f"{self.arm.name.replace(' ', '_')}/batch{self.batch}_seed{self.seed}_{self.tokens}")
+        settings = f"easy{self.easy:g}_batch{self.batch}_seed{self.seed}_{self.tokens}"
+        return Path(self.arm.name.replace(" ", "_")) / settings
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """Shares of the training prompts by operations."""
+        easier = [operations for band, operations in BANDS.items() if band != HARDEST]
+        return dict.fromkeys(easier, self.easy / len(easier)) | {BANDS[HARDEST]: 1 - self.easy}
 
     def config(self, folder: Path) -> dict[str, Any]:
         """The quickstart's config, the benchmark's task and settings, and the arm's overlay."""
@@ -94,7 +101,7 @@ class Run:
             name: component("data.ChainTask", operations={band: 1}, size=48, split="validation", answer="solution")
             for name, band in BANDS.items()
         }
-        data["train"]["init_args"] |= {"operations": MIX, "size": 6000, "answer": "solution"}
+        data["train"]["init_args"] |= {"operations": self.mix, "size": 6000, "answer": "solution"}
         unwanted = ("SampleLog", "Checkpoint", "CriticCalibration", "RichProgress", "HFExport")
         callbacks = [c for c in base["trainer"]["callbacks"] if not c["class_path"].endswith(unwanted)]
         base["trainer"] |= {"max_time": "00:00:30:00", "logger": False, "callbacks": callbacks}

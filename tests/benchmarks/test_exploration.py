@@ -61,7 +61,7 @@ def test_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_every_arm_is_a_config_that_the_command_takes(arm: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
     monkeypatch.chdir(tmp_path)
-    config = Run(arm, seed=3, tokens=1000, every_tokens=500, enough=0.6, batch=32).config(tmp_path)
+    config = Run(arm, seed=3, tokens=1000, every_tokens=500, enough=0.6, batch=32, easy=0.02).config(tmp_path)
     Path("config.yaml").write_text(yaml.safe_dump(config))
     trainer: Any = command_line(["--config", "config.yaml"], run=False).trainer
     [clock] = [each for each in trainer.callbacks if type(each).__name__ == "TokenClock"]
