@@ -88,7 +88,7 @@ def show(arms: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def curves(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Accuracy of each band over tokens and over time: mean over seeds, as far as all of them go."""
+    """Accuracy of each band over tokens and over time: mean over seeds; a run that has ended keeps what it had."""
     figure = Figure(figsize=(13.0, 7.4), layout="constrained")
     grid = figure.subplots(2, len(BANDS), sharey=True)
     for row, (x, label) in zip(grid, AXES.items(), strict=True):
@@ -109,23 +109,25 @@ def curves(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _mean_line(axes: Axes, runs: Sequence[Rows], x: str, band: str, **style: Any) -> None:
-    places = np.linspace(0.0, min(run[-1][x] for run in runs), 200)
+    places = np.linspace(0.0, max(run[-1][x] for run in runs), 200)
     lines = [np.interp(places, [r[x] for r in run], [r["accuracy"][band] for r in run]) for run in runs]
     axes.plot(places, np.mean(lines, axis=0), linewidth=1.8, **style)
 
 
 def to_goal(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Tokens to the goal: a bar for the mean, a dot for each seed, an arrow's head where it was not reached."""
-    figure = Figure(figsize=(8.4, 0.5 * len(arms) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    for place, (arm, (colour, _)) in enumerate(zip(arms.values(), STYLES, strict=False)):
-        took = least(arm, "tokens")
-        axes.barh(place, mean(took), color=colour, alpha=0.35, height=0.62)
-        for tokens, there in zip(took, arm["tokens_to_goal"], strict=True):
-            axes.plot(tokens, place, marker=">" if there is None else "o", color=colour, markersize=6)
-    axes.set_yticks(range(len(arms)), [*arms])
+    """Tokens and time to the goal: a bar for the mean, a dot for each seed, an arrow's head where it never was."""
+    figure = Figure(figsize=(11.5, 0.42 * len(arms) + 1.3), layout="constrained")
+    for axes, (x, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
+        for place, (arm, (colour, _)) in enumerate(zip(arms.values(), STYLES, strict=False)):
+            took = least(arm, x)
+            axes.barh(place, mean(took), color=colour, alpha=0.35, height=0.62)
+            for seed, reached_at in zip(took, arm[f"{x}_to_goal"], strict=True):
+                marker = ">" if reached_at is None else "o"
+                axes.plot(seed, place, marker=marker, color=colour, markersize=6, clip_on=False)
+        axes.set_yticks(range(len(arms)), [*arms])
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel(label)
+        tidy(axes)
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel(f"generated tokens to {GOAL:.0%} on {BANDS[HARDEST]} operations (▸: not reached)")
-    tidy(axes)
+    figure.suptitle(f"To {GOAL:.0%} on {BANDS[HARDEST]} operations (▸: not reached)", fontsize=11)
     return figure
