@@ -21,7 +21,12 @@ from sppo_lightning.figures.style import percent, tidy
 
 GOAL = 0.5  # accuracy on the hardest band
 AXES = {"tokens": "generated tokens", "seconds": "training time (s), validation left out"}
+_MEANS = ("tokens", "of uniform's", "seconds", "of uniform's")
+_CAPTION = (
+    "Means leave out the seeds with which no arm got there. >: a run that did not counts with all that it had."
+)
 Rows = Sequence[Mapping[str, Any]]  # a run's validations, as `timed.TokenClock` writes them
+Arm = Mapping[str, Any]  # what `figures_of` gives
 
 
 def reached(rows: Rows, x: str, band: str = HARDEST, goal: float = GOAL) -> float | None:
@@ -50,9 +55,15 @@ def figures_of(runs: Sequence[Rows]) -> dict[str, Any]:
     }
 
 
-def least(arm: Mapping[str, Any], x: str) -> list[float]:
+def least(arm: Arm, x: str) -> list[float]:
     """Per seed, what the goal took, or all that the run had where it did not get there: then a lower bound."""
     return [total if took is None else took for took, total in zip(arm[f"{x}_to_goal"], arm[x], strict=True)]
+
+
+def telling(arms: Mapping[str, Arm]) -> list[int]:
+    """Places of the seeds with which at least one arm got to the goal; the others say nothing of what is better."""
+    seeds = zip(*(arm["tokens_to_goal"] for arm in arms.values()), strict=True)
+    return [place for place, took in enumerate(seeds) if any(tokens is not None for tokens in took)]
 
 
 def write(by_arm: Mapping[str, Sequence[Path]], folder: Path, figures: Path) -> None:
@@ -69,25 +80,30 @@ def write(by_arm: Mapping[str, Sequence[Path]], folder: Path, figures: Path) -> 
     print(f"Written: {folder / 'exploration.json'}, and exploration.png and exploration_goal.png in {figures}")
 
 
-def show(arms: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line per arm; `>` marks a mean in which a run that did not get there counts with all that it had."""
-    table = Table(title=f"{GOAL:.0%} of the hardest band ({BANDS[HARDEST]} operations), mean over seeds")
-    for column in ("arm", "reached by", "tokens", "of uniform's", "seconds", "of uniform's", *BANDS):
+def show(arms: Mapping[str, Arm]) -> None:
+    """One line per arm, tokens by seed, `–` where the goal was not reached.
+
+    Means are over the `telling` seeds; `>` marks one in which a run that did not get there counts with all that it
+    had.
+    """
+    table = Table(title=f"{GOAL:.0%} of the hardest band ({BANDS[HARDEST]} operations)", caption=_CAPTION)
+    for column in ("arm", "tokens by seed, in thousands", *_MEANS, *BANDS):
         table.add_column(column, justify="right")
+    seeds = telling(arms)
     for name, arm in arms.items():
         cells = []
-        for x in ("tokens", "seconds"):
-            sign = ">" if None in arm[f"{x}_to_goal"] else ""
-            took = mean(least(arm, x))
-            share = f"{took / mean(least(arms['uniform'], x)):.2f}" if "uniform" in arms else "–"
-            cells += [f"{sign}{took:,.0f}", share]
-        there = [took is not None for took in arm["tokens_to_goal"]]
+        for x in ("tokens", "seconds") if seeds else ():
+            sign = ">" if any(arm[f"{x}_to_goal"][seed] is None for seed in seeds) else ""
+            took = mean(least(arm, x)[seed] for seed in seeds)
+            uniform = mean(least(arms["uniform"], x)[seed] for seed in seeds) if "uniform" in arms else None
+            cells += [f"{sign}{took:,.0f}", f"{took / uniform:.2f}" if uniform else "–"]
+        by_seed = ["–" if tokens is None else f"{tokens / 1000:,.0f}" for tokens in arm["tokens_to_goal"]]
         ends = [f"{arm['before'][band]:.2f} → {arm['after'][band]:.2f}" for band in BANDS]
-        table.add_row(name, f"{sum(there)} of {len(there)}", *cells, *ends)
-    Console(width=150).print(table)
+        table.add_row(name, "  ".join(by_seed), *(cells or ["–"] * len(_MEANS)), *ends)
+    Console(width=160).print(table)
 
 
-def curves(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
+def curves(arms: Mapping[str, Arm]) -> Figure:
     """Accuracy of each band over tokens and over time: mean over seeds; a run that has ended keeps what it had."""
     figure = Figure(figsize=(13.0, 7.4), layout="constrained")
     grid = figure.subplots(2, len(BANDS), sharey=True)
@@ -114,16 +130,19 @@ def _mean_line(axes: Axes, runs: Sequence[Rows], x: str, band: str, **style: Any
     axes.plot(places, np.mean(lines, axis=0), linewidth=1.8, **style)
 
 
-def to_goal(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Tokens and time to the goal: a bar for the mean, a dot for each seed, an arrow's head where it never was."""
+def to_goal(arms: Mapping[str, Arm]) -> Figure:
+    """Tokens and time to the goal: a bar for the mean of `show`, a dot for each seed, an arrow's head if never."""
+    seeds = telling(arms)
     figure = Figure(figsize=(11.5, 0.42 * len(arms) + 1.3), layout="constrained")
     for axes, (x, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         for place, (arm, (colour, _)) in enumerate(zip(arms.values(), STYLES, strict=False)):
             took = least(arm, x)
-            axes.barh(place, mean(took), color=colour, alpha=0.35, height=0.62)
-            for seed, reached_at in zip(took, arm[f"{x}_to_goal"], strict=True):
-                marker = ">" if reached_at is None else "o"
-                axes.plot(seed, place, marker=marker, color=colour, markersize=6, clip_on=False)
+            axes.barh(
+                place, mean(took[seed] for seed in seeds) if seeds else 0.0, color=colour, alpha=0.35, height=0.62
+            )
+            for here, there in zip(took, arm[f"{x}_to_goal"], strict=True):
+                marker = ">" if there is None else "o"
+                axes.plot(here, place, marker=marker, color=colour, markersize=6, clip_on=False)
         axes.set_yticks(range(len(arms)), [*arms])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(label)

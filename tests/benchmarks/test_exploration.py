@@ -41,20 +41,32 @@ def test_a_run_that_never_gets_there_counts_with_all_that_it_had():
     assert (arm["before"][HARDEST], arm["after"][HARDEST]) == (0.0, pytest.approx(0.6))
 
 
-def test_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folders = {}
-    for arm in ("uniform", "replay"):
-        folders[arm] = [tmp_path / arm / str(seed) for seed in range(2)]
-        for seed, folder in enumerate(folders[arm]):
-            folder.mkdir(parents=True)
-            ends = (0.1, 0.2) if arm == "uniform" else (0.4, 0.6 + seed / 10)
-            (folder / "progress.json").write_text(json.dumps(rows(0.0, *ends)))
+def test_the_report_compares_where_an_arm_got_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ends = {"uniform": [(0.1, 0.2)] * 3, "replay": [(0.4, 0.6), (0.4, 0.7), (0.1, 0.1)]}
+    folders: dict[str, list[Path]] = {arm: [] for arm in ends}
+    for arm, seeds in ends.items():
+        for seed, accuracies in enumerate(seeds):
+            folders[arm].append(tmp_path / arm / str(seed))
+            folders[arm][-1].mkdir(parents=True)
+            progress = rows(0.0, *accuracies, tokens=100_000)
+            (folders[arm][-1] / "progress.json").write_text(json.dumps(progress))
     report.write(folders, tmp_path, tmp_path / "figures")
-    said = capsys.readouterr().out
-    assert "2 of 2" in said
-    assert "0 of 2" in said
+    lines = capsys.readouterr().out.splitlines()
+    [uniform] = [line for line in lines if "uniform │" in line]
+    [replay] = [line for line in lines if "replay │" in line]
+    assert [cell.strip() for cell in uniform.split("│")[2:5]] == ["–  –  –", ">200,000", "1.00"]
+    assert [cell.strip() for cell in replay.split("│")[2:5]] == ["150  133  –", "141,667", "0.71"]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"exploration.png", "exploration_goal.png"}
     assert (tmp_path / "exploration.json").is_file()
+
+
+def test_where_no_arm_got_there_nothing_is_compared(capsys: pytest.CaptureFixture[str]):
+    arms = {name: report.figures_of([rows(0.0, 0.1)]) for name in ("uniform", "replay")}
+    assert report.telling(arms) == []
+    report.to_goal(arms)
+    report.show(arms)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "replay │" in line]
+    assert [cell.strip() for cell in line.split("│")[2:7]] == ["–"] * 5
 
 
 @pytest.mark.parametrize("arm", arms(32), ids=lambda arm: arm.name)
