@@ -188,13 +188,18 @@ def test_the_pages_adaptive_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert cli.trainer.callback_metrics["adaptive/samples_per_prompt"] == 8.0
 
 
-def test_the_pages_critic_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_pages_first_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(sys, "argv", ["sppo_lightning"])
     monkeypatch.chdir(tmp_path)
     write_files({})
-    Path("warm_up.yaml").write_text(block_of("docs/exploration.md", "yaml", "critic_warmup"))
-    warmup = command_line(["-c", "config.yaml", "-c", "warm_up.yaml"], run=False).model.critic_warmup
+    overlay = ROOT / "configs/exploration.yaml"
+    block = block_of("docs/exploration.md", "yaml", "critic_warmup")
+    assert yaml.safe_load(block) == yaml.safe_load(overlay.read_text())
+    cli = command_line(["fit", "-c", "config.yaml", "-c", str(overlay)])
+    warmup, replay = cli.model.critic_warmup, only(SuccessReplay, cli.trainer.callbacks)
     assert (warmup.updates, warmup.floors["critic/brier_skill"], warmup.max_updates) == (10, 0.0, 60)
+    assert (replay.below, replay.rows, replay.coef) == (0.5, 128, 0.3)
+    assert "replay/stored" in cli.trainer.callback_metrics
 
 
 def test_the_pages_policy_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
