@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=None, help="folder for the figures, docs for instance")
     arguments = parser.parse_args()
     names = set(filter(None, arguments.arms.split(";")))
-    chosen = [arm for arm in arms(arguments.batch) if not names or arm.name in names]
+    known = arms(arguments.batch)
+    if unknown := names - {arm.name for arm in known}:
+        parser.error(f"--arms has {sorted(unknown)}; there are {[arm.name for arm in known]}")
+    chosen = [arm for arm in known if not names or arm.name in names]
     seeds = range(1, arguments.seeds + 1)
     settings = (arguments.tokens, arguments.every_tokens, arguments.enough, arguments.batch, arguments.easy)
     # seed by seed, so that what disturbs the machine for a while disturbs all arms

@@ -49,6 +49,7 @@ def search(batch: int, name: str, **settings: Any) -> dict[str, Any]:
 
 def arms(batch: int) -> list[Arm]:
     """What is compared, for iterations of so many prompts."""
+    # one stage of easier prompts: two would have fewer than a batch each
     staged = curriculum("StagedCurriculum", column="operations", stages=[7], ramp_iterations=5)
     solvability = curriculum("SolvabilityCurriculum", rescore_every_n_iterations=5, sharpness=2.0)
     replay = stages(component("callbacks.SuccessReplay", below=0.5, rows=batch, coef=0.3))
