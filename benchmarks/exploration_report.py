@@ -66,6 +66,12 @@ def telling(arms: Mapping[str, Arm]) -> list[int]:
     return [place for place, took in enumerate(seeds) if any(tokens is not None for tokens in took)]
 
 
+def mean_to_goal(arm: Arm, x: str, seeds: Sequence[int]) -> float:
+    """Mean of `least` over these seeds."""
+    took = least(arm, x)
+    return mean(took[seed] for seed in seeds)
+
+
 def write(by_arm: Mapping[str, Sequence[Path]], folder: Path, figures: Path) -> None:
     """The table on the terminal, `exploration.json` in `folder`, and two figures in `figures`."""
     arms = {
@@ -90,13 +96,14 @@ def show(arms: Mapping[str, Arm]) -> None:
     for column in ("arm", "tokens by seed, in thousands", *_MEANS, *BANDS):
         table.add_column(column, justify="right")
     seeds = telling(arms)
+    compared = AXES if seeds else ()
+    uniform = {x: mean_to_goal(arms["uniform"], x, seeds) for x in compared if "uniform" in arms}
     for name, arm in arms.items():
         cells = []
-        for x in ("tokens", "seconds") if seeds else ():
+        for x in compared:
             sign = ">" if any(arm[f"{x}_to_goal"][seed] is None for seed in seeds) else ""
-            took = mean(least(arm, x)[seed] for seed in seeds)
-            uniform = mean(least(arms["uniform"], x)[seed] for seed in seeds) if "uniform" in arms else None
-            cells += [f"{sign}{took:,.0f}", f"{took / uniform:.2f}" if uniform else "–"]
+            took = mean_to_goal(arm, x, seeds)
+            cells += [f"{sign}{took:,.0f}", f"{took / uniform[x]:.2f}" if uniform.get(x) else "–"]
         by_seed = ["–" if tokens is None else f"{tokens / 1000:,.0f}" for tokens in arm["tokens_to_goal"]]
         ends = [f"{arm['before'][band]:.2f} → {arm['after'][band]:.2f}" for band in BANDS]
         table.add_row(name, "  ".join(by_seed), *(cells or ["–"] * len(_MEANS)), *ends)
@@ -136,11 +143,9 @@ def to_goal(arms: Mapping[str, Arm]) -> Figure:
     figure = Figure(figsize=(11.5, 0.42 * len(arms) + 1.3), layout="constrained")
     for axes, (x, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         for place, (arm, (colour, _)) in enumerate(zip(arms.values(), STYLES, strict=False)):
-            took = least(arm, x)
-            axes.barh(
-                place, mean(took[seed] for seed in seeds) if seeds else 0.0, color=colour, alpha=0.35, height=0.62
-            )
-            for here, there in zip(took, arm[f"{x}_to_goal"], strict=True):
+            if seeds:
+                axes.barh(place, mean_to_goal(arm, x, seeds), color=colour, alpha=0.35, height=0.62)
+            for here, there in zip(least(arm, x), arm[f"{x}_to_goal"], strict=True):
                 marker = ">" if there is None else "o"
                 axes.plot(here, place, marker=marker, color=colour, markersize=6, clip_on=False)
         axes.set_yticks(range(len(arms)), [*arms])
